@@ -1,0 +1,238 @@
+"""
+What the settings are. A script's settings are its own globals; config files and flags override them, in order:
+
+    python train.py config/train_shakespeare_char.py --batch_size=32 compile=False --device cpu --eval_only
+
+Config files are Python and are run as such: they may import, compute and refer to earlier settings. Flags are literals.
+Both are checked: an unknown name or a value of another type is an error that names the nearest setting.
+"""
+
+import ast
+import contextlib
+import ctypes
+import difflib
+import glob
+import math
+import os
+import re
+import signal
+import sys
+import tokenize
+
+import torch
+
+
+def fail(message):
+    """Say in one line what is wrong and what to do, and exit with 2, the code for wrong usage."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def usage_errors():
+    """Turn what the model and the data have to say of wrong input (ValueError, OSError) into fail()'s one line."""
+    try:
+        yield
+    except (ValueError, OSError) as e:
+        fail(f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else e)
+
+
+def configure(script):
+    """Override a script's settings, given as its globals(), from sys.argv. Returns all of them as a dict, and the set
+    of the names that a file or a flag gave.
+
+    A setting is a global with a lower-case name, no leading underscore, and an int, float, bool or str as its value.
+    """
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C is no error to trace back
+    settings = {k: v for k, v in script.items() if k[0] != "_" and k.islower() and type(v) in (int, float, bool, str)}
+    defaults, given, args = dict(settings), set(), sys.argv[1:]
+    if {"--help", "-h"} & set(args):
+        print_help(script)
+        sys.exit(0)
+    while args:
+        arg = args.pop(0)
+        if match := re.fullmatch(r"(?:--)?([A-Za-z][\w-]*)=(.*)", arg, re.DOTALL):
+            key, text = match[1].replace("-", "_"), match[2]
+        elif arg.startswith("-"):  # --key value, or --flag for a boolean
+            key = arg.lstrip("-").replace("-", "_")
+            if isinstance(defaults.get(key), bool) and not (args and args[0].lower() in ("true", "false")):
+                text = "True"
+            elif args and key in defaults:
+                text = args.pop(0)
+            else:
+                fail(f"{arg} needs a value: {arg}=..." if key in defaults else unknown(key, defaults))
+        else:
+            found = read_config(arg, {**script, **settings}, defaults)
+            settings.update(found)
+            given |= set(found)
+            continue
+        if key not in defaults:
+            fail(unknown(key, defaults))
+        settings[key] = check(key, parse(text, defaults[key]), defaults[key], f"--{key}")
+        given.add(key)
+    script.update(settings)
+    changed = [f"{k}={v!r}" for k, v in settings.items() if v != defaults[k]]
+    if changed and os.environ.get("RANK", "0") == "0":
+        print("settings:", ", ".join(changed), file=sys.stderr)
+    return settings, given
+
+
+def parse(text, default):
+    """A flag's text as a value: a Python literal where one is expected, else the text itself."""
+    if isinstance(default, bool):
+        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
+    if isinstance(default, str) and text[:1] not in ("'", '"'):
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def check(key, value, default, where):
+    """The value as the default's type, or fail(). An int serves as a float, and 1e4 as an int."""
+    if type(default) is float and type(value) is int:
+        value = float(value)
+    if type(default) is int and type(value) is float and value.is_integer():
+        value = int(value)
+    kind = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[type(default)]
+    if type(value) is not type(default) or isinstance(value, float) and not math.isfinite(value):
+        fail(f"{where}: {key} takes {kind} such as {default!r}, not {value!r}")
+    return value
+
+
+def unknown(key, known):
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"unknown setting {key}" + (f"; did you mean {near[0]}?" if near else "; --help lists all")
+
+
+def read_config(path, namespace, defaults):
+    """Run a config file and return the settings that it assigns, checked.
+
+    Settings of train.py that the running script lacks are passed over, so that one file serves every script. Other
+    names are the file's own if it reads them itself or they start with an underscore; else they are mistakes.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            source = f.read()
+        tree = ast.parse(source, path)
+        before = dict(namespace)
+        exec(compile(tree, path, "exec"), namespace)
+    except OSError:
+        near = difflib.get_close_matches(path, glob.glob("config/*.py"), n=1, cutoff=0.3)
+        fail(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else ""))
+    except Exception as e:  # a config file can fail in any way that Python can
+        fail(f"{path}: {type(e).__name__}: {e}")
+    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    elsewhere = setting_lines(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
+    found = {}
+    for key, value in namespace.items():
+        if key in before and value is before[key] or key.startswith("_"):
+            continue
+        if key in defaults:
+            found[key] = check(key, value, defaults[key], path)
+        elif type(value) in (int, float, bool, str) and key not in elsewhere:
+            if key not in read:
+                fail(f"{path}: {unknown(key, defaults)}")
+            if near := difflib.get_close_matches(key, defaults, n=1, cutoff=0.8):
+                print(f"{path}: {key} is no setting ({near[0]} is), so it counts for this file alone", file=sys.stderr)
+    return found
+
+
+def setting_lines(path):
+    """{name: (line number, default as written)} of the settings that stand at the top of a script."""
+    with open(path, encoding="utf-8") as f:
+        source = f.read()
+    lines = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            break  # the call of configure()
+        if isinstance(node, ast.Assign):
+            lines[node.targets[0].id] = (node.lineno, ast.get_source_segment(source, node.value))
+    return lines
+
+
+def print_help(script):
+    """The script's docstring, then each setting with its default and its comment, read from the source."""
+    with open(script["__file__"], "rb") as f:
+        comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.tokenize(f.readline) if t.string[:1] == "#"}
+    lines = setting_lines(script["__file__"])
+    print(script["__doc__"].strip() + "\n\nsettings:")
+    first, last = min(n for n, _ in lines.values()), max(n for n, _ in lines.values())
+    written = {number: f"  --{name}={default}" for name, (number, default) in lines.items()}
+    for number in range(first - 1, last + 1):
+        if number in written:
+            print(f"{written[number]:<42} {comments.get(number, '')}".rstrip())
+        elif number in comments:
+            print(f"\n{comments[number]}")
+
+
+# -----------------------------------------------------------------------------
+# device and dtype
+
+
+def pick_device(device="auto", dtype="auto"):
+    """Resolve 'auto' to what this machine does best; returns (device, dtype, what was chosen and why, in a line).
+
+    device: cuda, cuda:1 ..., mps or cpu. dtype: float32, bfloat16 or float16, the type that matrix products are
+    computed in. Exits with one line for a device that is not here or a name that is none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device.split(":")[0]
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        fail(f"dtype takes auto, float32, bfloat16 or float16, not {dtype!r}")
+    if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", device):
+        fail(f"device takes auto, cuda, cuda:1, mps or cpu, not {device!r}")
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            fail(f"no CUDA GPU is usable from this PyTorch ({torch.__version__}): try --device=auto")
+        if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+            fail(f"no {device} here: PyTorch sees {torch.cuda.device_count()} GPU(s), cuda:0 being the first")
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        best, why = ("bfloat16", "native") if native else ("float16", "no bfloat16 before Ampere; loss is scaled")
+        name = torch.cuda.get_device_name(device)
+    elif kind == "mps":
+        if not torch.backends.mps.is_available():
+            fail("no Apple GPU is usable from this PyTorch: try --device=auto")
+        best, why, name = "float32", "half precision is unreliable on mps", "Apple GPU"
+    else:
+        native = cpu_multiplies_bfloat16()
+        best, why = ("bfloat16", "AVX512-BF16 or AMX") if native else ("float32", "no fast bfloat16 on this CPU")
+        name = f"{torch.get_num_threads()} threads"
+        keep_freed_memory()
+        if dtype == "float16":
+            dtype, best, why = "auto", "float32", "CPUs are slow in float16"
+    if dtype == "auto":
+        dtype = best
+    else:
+        why = "as asked"
+    return device, dtype, f"device {device} ({name}), dtype {dtype} ({why})"
+
+
+def cpu_multiplies_bfloat16():
+    """Whether the CPU has instructions for bfloat16 products. Known on Linux, assumed absent elsewhere."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
+        return bool({"avx512_bf16", "amx_bf16"} & set(re.search(r"^flags.*", f.read() + "\nflags", re.M)[0].split()))
+    return False
+
+
+def keep_freed_memory():
+    """Make glibc keep the memory of freed tensors. By default it returns large blocks to the kernel, which must then
+    clear them page by page when the next step asks for them again: up to a quarter of the time of a step."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt:  # M_MMAP_THRESHOLD is -3 and M_TRIM_THRESHOLD -1 in malloc.h
+            mallopt(-3, 1 << 30)
+            mallopt(-1, 2**31 - 1)
+
+
+def can_compile(device):
+    """Try torch.compile on one addition; says in one line why not where it cannot work (no C++ compiler, Windows)."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+        return True
+    except Exception as e:  # compilers fail in more ways than can be listed
+        reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:120]}"
+        print(f"compile=False: torch.compile does not work here ({reason})", file=sys.stderr)
+        return False

@@ -1,0 +1,64 @@
+"""
+Prepare the works of Shakespeare (tiny Shakespeare, 1.1 MB) as a character-level dataset.
+
+    python data/shakespeare_char/prepare.py
+
+Downloads input.txt, or takes the one that lies beside this file, whatever text it is. Expect 65 different characters,
+1,003,854 tokens in train.bin and 111,540 in val.bin.
+"""
+
+import argparse
+import hashlib
+import os
+import sys
+import urllib.request
+
+from tqdm import tqdm
+
+here = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(here, "..", ".."))
+from data.shards import DatasetWriter  # noqa: E402
+from data.tokenizer import CharTokenizer  # noqa: E402
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def download(url, path):
+    """Fetch url into path, which appears when all of it is there and its checksum is right. OSError otherwise."""
+    digest = hashlib.sha256()
+    with urllib.request.urlopen(url, timeout=30) as response, open(path + ".tmp", "wb") as f:
+        size = int(response.headers.get("Content-Length") or 0) or None
+        with tqdm(total=size, unit="B", unit_scale=True, desc="downloading") as bar:
+            while chunk := response.read(1 << 16):
+                f.write(chunk)
+                digest.update(chunk)
+                bar.update(len(chunk))
+    if digest.hexdigest() != SHA256:
+        raise OSError(f"{path}.tmp has another sha256 than expected, {SHA256}")
+    os.replace(path + ".tmp", path)
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+    path = os.path.join(here, "input.txt")
+    if not os.path.exists(path):
+        try:
+            download(URL, path)
+        except OSError as e:
+            sys.exit(f"error: cannot download ({e}): fetch {URL} elsewhere and save it as {path}")
+    with open(path, "rb") as f:
+        raw = f.read()
+    if hashlib.sha256(raw).hexdigest() != SHA256:
+        print(
+            f"WARNING: {path} is not tiny Shakespeare (its sha256 differs); delete it to download that", file=sys.stderr
+        )
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as e:
+        sys.exit(f"error: {path} is not UTF-8 text ({e})")
+    tokenizer = CharTokenizer(sorted(set(text)))
+    print(f"{len(text):,} characters, {tokenizer.vocab_size} different ones")
+    with DatasetWriter(here, tokenizer, source=URL) as out:
+        out.write("train", tokenizer.encode(text[: int(len(text) * 0.9)]))
+        out.write("val", tokenizer.encode(text[int(len(text) * 0.9) :]))

@@ -1,0 +1,459 @@
+"""
+Train a GPT on a prepared dataset, from scratch, from GPT-2 or from any checkpoint.
+
+    python train.py config/train_shakespeare_char.py                       one process: GPU, Mac or CPU, found by itself
+    python train.py config/train_shakespeare_char.py --batch_size=32       any setting below can be overridden
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py                  8 GPUs of one machine
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP --master_port=1234 train.py ...   two nodes
+
+out_dir then holds ckpt.pt (the latest state, to resume from), ckpt_prev.pt (the one before it), ckpt_best.pt (the
+weights with the lowest validation loss, to sample from) and metrics.jsonl. Ctrl-C or SIGTERM finishes the step, saves
+and exits; a second one exits at once. --init_from=resume carries on, and gives the weights that the uninterrupted run
+would have given.
+
+Exit codes: 0 done, 1 the last checkpoint could not be written, 2 wrong usage, 3 the run diverged, 130 and 143 stopped
+by SIGINT and SIGTERM.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from configurator import can_compile, configure, fail, pick_device, usage_errors
+from data.shards import Dataset, eval_windows, train_windows
+from data.tokenizer import from_description
+from model import BEST, GPT, LATEST, PREVIOUS, GPTConfig, load_checkpoint, peak_flops, read_checkpoint, save_checkpoint
+
+# -----------------------------------------------------------------------------
+# the defaults train a GPT-2 (124M) on OpenWebText
+# input and output
+out_dir = "out"
+eval_interval = 2000  # steps from evaluation to evaluation
+eval_iters = 200  # batches of each split that an evaluation looks at, the same ones each time
+eval_only = False  # evaluate once and exit
+log_interval = 1  # steps from log line to log line
+always_save_checkpoint = True  # save ckpt.pt at every evaluation; False: only when the validation loss is a new best
+save_interval = 0  # steps from save to save besides; 0: none
+init_from = (
+    "scratch"  # scratch, resume (out_dir), auto (resume if there is a checkpoint), gpt2*, a checkpoint or folder
+)
+# wandb
+wandb_log = False
+wandb_project = "owt"
+wandb_run_name = "gpt2"
+# data
+dataset = "openwebtext"  # a folder in data/
+gradient_accumulation_steps = 5 * 8  # micro-batches a step, over all processes together
+batch_size = 12  # sequences in a micro-batch
+block_size = 1024  # tokens in a sequence
+# model
+n_layer = 12
+n_head = 12
+n_embd = 768
+dropout = 0.0  # 0 for pretraining; for finetuning try 0.1 and more
+bias = False  # biases in LayerNorm and Linear layers
+# AdamW
+learning_rate = 6e-4  # the highest
+max_iters = 600000  # steps in all
+weight_decay = 1e-1
+beta1 = 0.9
+beta2 = 0.95
+grad_clip = 1.0  # longest gradient; 0.0: no limit
+# learning rate schedule
+decay_lr = True  # False: learning_rate throughout, without warmup
+lr_schedule = "cosine"  # after the warmup: cosine, linear, constant or wsd (constant, then linear in the last part)
+warmup_iters = 2000
+lr_decay_iters = 600000  # step at which min_lr is reached
+min_lr = 6e-5
+wsd_decay_frac = 0.2  # wsd: the part of lr_decay_iters that decays
+# system
+device = "auto"  # auto, cpu, cuda, cuda:1, mps
+dtype = "auto"  # auto, float32, bfloat16, float16 (with loss scaling)
+compile = True  # torch.compile the model: half a minute once, faster steps after
+backend = "auto"  # of torch.distributed: auto, nccl, gloo
+seed = 1337  # of the weights, the order of the data and dropout
+deterministic = False  # on GPUs: only algorithms that repeat bit for bit, slower; CPUs always do
+# -----------------------------------------------------------------------------
+config, given = configure(globals())
+
+if init_from == "auto":
+    there = [name for name in (LATEST, PREVIOUS) if os.path.exists(os.path.join(out_dir, name))]
+    init_from = "resume" if there else "scratch"
+resuming = init_from == "resume"
+checkpoint = None
+with usage_errors():
+    if resuming:
+        checkpoint, resumed_from = load_checkpoint(out_dir)
+    elif os.path.isdir(init_from):
+        checkpoint, _ = load_checkpoint(init_from, (BEST, LATEST, PREVIOUS))
+    elif os.path.exists(init_from) or init_from.endswith(".pt"):
+        checkpoint = read_checkpoint(init_from)
+    elif init_from != "scratch" and not init_from.startswith("gpt2"):
+        fail(f"init_from takes scratch, resume, auto, a GPT-2 size (gpt2-medium) or a path; there is no {init_from}")
+if resuming:
+    # settings that were not given are those that the run had; which machine it runs on is found anew
+    before = {k: v for k, v in checkpoint.get("config", {}).items() if k in config and type(v) is type(config[k])}
+    config.update({k: v for k, v in before.items() if k not in given | {"device", "backend", "init_from"}})
+    globals().update(config)
+
+for name in ("eval_interval", "eval_iters", "log_interval", "batch_size", "block_size", "gradient_accumulation_steps"):
+    if config[name] < 1:
+        fail(f"{name} must be at least 1, not {config[name]}")
+for name in ("save_interval", "max_iters", "warmup_iters", "learning_rate", "weight_decay", "grad_clip", "seed"):
+    if config[name] < 0:
+        fail(f"{name} must not be negative, but is {config[name]}")
+if lr_schedule not in ("cosine", "linear", "constant", "wsd"):
+    fail(f"lr_schedule takes cosine, linear, constant or wsd, not {lr_schedule!r}")
+
+# processes: torchrun starts one for each GPU and tells each its place by environment variables
+ddp = "RANK" in os.environ
+rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+world_size = int(os.environ.get("WORLD_SIZE", 1))
+master = rank == 0  # the process that writes and prints
+if ddp and device in ("auto", "cuda") and torch.cuda.is_available():
+    device = f"cuda:{local_rank}"
+device, dtype, device_line = pick_device(device, dtype)
+device_type = device.split(":")[0]
+ptdtype = getattr(torch, dtype)
+if gradient_accumulation_steps % world_size:
+    fail(
+        f"gradient_accumulation_steps={gradient_accumulation_steps} is no multiple of the {world_size} processes: "
+        f"try --gradient_accumulation_steps={math.ceil(gradient_accumulation_steps / world_size) * world_size}"
+    )
+if device_type == "cuda":
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32
+if ddp:
+    dist.init_process_group({"cuda": "nccl"}.get(device_type, "gloo") if backend == "auto" else backend)
+if deterministic:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+terminal = sys.stdout.isatty()
+
+
+def say(line, passing=False):
+    """Print a line. On a terminal the next line replaces a passing one."""
+    if master and terminal:
+        width = shutil.get_terminal_size().columns - 1
+        print("\r\x1b[K" + (line[:width] if passing else line), end="" if passing else "\n", flush=True)
+    elif master:
+        print(line, flush=True)
+
+
+# -----------------------------------------------------------------------------
+# data, model, optimizer
+
+with usage_errors():
+    data = Dataset(os.path.join("data", dataset))
+    tokens = {split: data.split(split) for split in ("train", "val")}
+    if init_from == "scratch":
+        torch.manual_seed(seed)
+        vocab_size = data.vocab_size or GPTConfig.vocab_size
+        shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, vocab_size=vocab_size)
+        model = GPT(GPTConfig(**shape, bias=bias, dropout=dropout))
+    elif checkpoint:
+        model = GPT.from_checkpoint(checkpoint, dropout=dropout)
+    else:
+        model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+    if block_size != model.config.block_size:
+        model.crop_block_size(block_size)
+    for stream in tokens.values():
+        stream.check(block_size, model.config.vocab_size)
+    # the tokenizer of a folder that does not name one is taken to be GPT-2's, unless its vocabulary says otherwise
+    tokenizer = data.tokenizer or (None if data.vocab_size else {"kind": "tiktoken", "name": "gpt2"})
+    if checkpoint and checkpoint.get("tokenizer") and tokenizer and checkpoint["tokenizer"] != tokenizer:
+        fail(f"the model was trained with another tokenizer than data/{dataset} has: its token ids mean other text")
+
+iter_num, best_val_loss = 0, 1e9
+if resuming:
+    iter_num, best_val_loss = int(checkpoint["iter_num"]), float(checkpoint["best_val_loss"])
+    say(f"resuming from {os.path.join(out_dir, resumed_from)} at step {iter_num}")
+    changed = {k for k in given & set(before) if before[k] != config[k]} - {"init_from", "out_dir", "device"}
+    if changed:
+        say("changed since then: " + ", ".join(f"{k} {before[k]} -> {config[k]}" for k in sorted(changed)))
+model.to(device)
+optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+if resuming and "optimizer" in checkpoint:
+    # the state is the checkpoint's, learning rate, decay and betas are today's
+    groups = optimizer.state_dict()["param_groups"]
+    if [g["params"] for g in groups] != [g["params"] for g in checkpoint["optimizer"]["param_groups"]]:
+        fail(
+            f"the optimizer state in {resumed_from} is of another model; --init_from={out_dir} takes the weights alone"
+        )
+    optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+    scaler.load_state_dict(checkpoint.get("scaler") or {})
+checkpoint = None  # free the memory
+
+raw_model = model
+if compile and can_compile(device):
+    model.compile()
+if ddp:
+    model = DDP(model, device_ids=[local_rank] if device_type == "cuda" else None)
+autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32")
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+
+
+def get_batch(split, starts):
+    """Inputs and targets, the tokens one further on, of the windows that begin at starts: two (B, T) on the device."""
+    xy = torch.from_numpy(tokens[split].windows(starts, block_size + 1))
+    if xy.max() >= raw_model.config.vocab_size:
+        fail(f"data/{dataset}: token id {xy.max()} near token {starts[0]} of {split} is past the model's vocabulary")
+    if device_type == "cuda":
+        xy = xy.pin_memory().to(device, non_blocking=True)
+    else:
+        xy = xy.to(device)
+    return xy[:, :-1], xy[:, 1:]
+
+
+@torch.no_grad()
+def estimate_loss():
+    """Mean loss in nats of each split over eval_iters * batch_size windows (all, where there are fewer) that lie evenly
+    and are the same each time; and bits per byte of the validation text, None where the tokenizer is not at hand."""
+    raw_model.eval()
+    losses = {}
+    for split, stream in tokens.items():
+        starts = eval_windows(len(stream), block_size, eval_iters * batch_size)
+        sums = torch.zeros(3, dtype=torch.float64)  # of losses, tokens, bytes
+        for i in range(rank * batch_size, len(starts), world_size * batch_size):
+            X, Y = get_batch(split, starts[i : i + batch_size])
+            with autocast:
+                _, loss = raw_model(X, Y)
+            sums += torch.tensor([loss.item() * Y.numel(), Y.numel(), byte_lengths[Y.cpu()].sum().item()])
+        if ddp:
+            sums = sums.to(device, torch.float32 if device_type == "mps" else torch.float64)
+            dist.all_reduce(sums)
+        total, count, n_bytes = sums.tolist()
+        losses[split] = total / count
+    raw_model.train()
+    return losses, total / math.log(2) / n_bytes if n_bytes else None
+
+
+byte_lengths = torch.zeros(raw_model.config.vocab_size, dtype=torch.int64)  # of text that each token stands for
+try:
+    known = torch.from_numpy(from_description(tokenizer).byte_lengths()[: len(byte_lengths)])
+    byte_lengths[: len(known)] = known
+except ValueError as e:
+    say(f"no bits per byte: {e}")
+
+
+def get_lr(it):
+    """Learning rate of step it."""
+    if not decay_lr:
+        return learning_rate
+    if it < warmup_iters:
+        return learning_rate * (it + 1) / (warmup_iters + 1)
+    if lr_schedule == "constant":
+        return learning_rate
+    begin = warmup_iters if lr_schedule != "wsd" else max(warmup_iters, lr_decay_iters * (1 - wsd_decay_frac))
+    if it >= lr_decay_iters:
+        return min_lr
+    ratio = max(0.0, (it - begin) / (lr_decay_iters - begin))  # of the decay that is done
+    if lr_schedule == "cosine":
+        ratio = 0.5 * (1.0 - math.cos(math.pi * ratio))
+    return learning_rate + ratio * (min_lr - learning_rate)
+
+
+# -----------------------------------------------------------------------------
+# what is kept
+
+metrics_path = os.path.join(out_dir, "metrics.jsonl")
+
+
+def save(name):
+    """Write a checkpoint; whether that went well. A failure is reported and training goes on: the disk may be freed."""
+    if not master:
+        return True
+    state = {
+        "model": raw_model.state_dict(),
+        "model_args": {k: getattr(raw_model.config, k) for k in GPTConfig.__dataclass_fields__},
+        "iter_num": iter_num,
+        "best_val_loss": best_val_loss,
+        "config": config,
+        "tokenizer": tokenizer,
+        "format": 1,
+    }
+    if name != BEST:
+        state.update(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    try:
+        save_checkpoint(state, out_dir, name)
+        return True
+    except (OSError, RuntimeError) as e:
+        say(f"WARNING: {os.path.join(out_dir, name)} is not written, the one before stays ({e})")
+        return False
+
+
+def log(record):
+    """Append a record to metrics.jsonl, and to wandb."""
+    if not master or eval_only:
+        return
+    try:
+        with open(metrics_path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(record) + "\n")
+    except OSError as e:
+        say(f"WARNING: {metrics_path} is not written ({e})")
+    if wandb_log:
+        wandb.log(record)
+
+
+if master and not eval_only:
+    with usage_errors():
+        os.makedirs(out_dir, exist_ok=True)
+        if resuming:
+            if resumed_from != LATEST and os.path.exists(os.path.join(out_dir, LATEST)):  # it is damaged
+                os.replace(os.path.join(out_dir, LATEST), os.path.join(out_dir, LATEST + ".damaged"))
+            # steps from iter_num on will be logged again; the last line may have been cut off
+            if os.path.exists(metrics_path):
+                with open(metrics_path, encoding="utf-8") as f:
+                    kept = [line for line in f if line.endswith("}\n") and json.loads(line)["iter"] < iter_num]
+                with open(metrics_path + ".tmp", "w", encoding="utf-8") as f:
+                    f.writelines(kept)
+                os.replace(metrics_path + ".tmp", metrics_path)
+        elif os.path.exists(os.path.join(out_dir, LATEST)):
+            aside = os.path.join(out_dir, "previous")
+            os.makedirs(aside, exist_ok=True)
+            for name in (LATEST, PREVIOUS, BEST, "metrics.jsonl"):
+                if os.path.exists(os.path.join(out_dir, name)):
+                    os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
+            say(f"{out_dir} held an earlier run: moved to {aside}")
+    if wandb_log:
+        try:
+            import wandb
+        except ImportError:
+            fail("wandb_log needs wandb: pip install wandb, or --wandb_log=False")
+        wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+
+stop = 0  # the signal that asked for the end
+
+
+def on_signal(number, _):
+    global stop
+    if stop:
+        os._exit(128 + number)
+    stop = number
+
+
+signal.signal(signal.SIGINT, on_signal)
+signal.signal(signal.SIGTERM, on_signal)
+
+say(device_line + (f", {world_size} processes" if ddp else ""))
+say(f"data/{dataset}: {len(tokens['train']):,} tokens to train on, {len(tokens['val']):,} to validate")
+say(
+    f"model: {raw_model.get_num_params() / 1e6:.2f}M parameters; {tokens_per_iter:,} tokens a step, "
+    f"{max_iters * tokens_per_iter / len(tokens['train']):.3g} epochs in {max_iters:,} steps"
+)
+
+# -----------------------------------------------------------------------------
+# training
+
+model.train()
+first_iter, saved_iter = iter_num, iter_num
+seconds, timed = 0.0, 0  # of the steps since the last log line
+exit_code = 0
+while True:
+    # once in a while: save, evaluate, end
+    done = iter_num >= max_iters
+    evaluating = iter_num % eval_interval == 0 or done or eval_only
+    due = always_save_checkpoint and evaluating or save_interval and iter_num % save_interval == 0
+    if (due or done or stop) and iter_num > saved_iter and save(LATEST):
+        saved_iter = iter_num
+    if stop and not eval_only:
+        break
+    if evaluating:
+        losses, bits_per_byte = estimate_loss()
+        perplexity = math.exp(min(losses["val"], 700))
+        line = f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
+        more = f", {bits_per_byte:.4f} bits per byte" if bits_per_byte else ""
+        say(f"{line}, perplexity {perplexity:.2f}{more}")
+        record = {"iter": iter_num, "train/loss": losses["train"], "val/loss": losses["val"]}
+        log({**record, "val/perplexity": perplexity, "val/bits_per_byte": bits_per_byte})
+        if losses["val"] < best_val_loss and not eval_only:
+            best_val_loss = losses["val"]
+            if iter_num > 0:
+                save(BEST)
+            if iter_num > saved_iter and save(LATEST):
+                saved_iter = iter_num
+    if done or eval_only:
+        break
+
+    # one step
+    t0 = time.perf_counter()
+    lr = get_lr(iter_num)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    stats = torch.zeros(2, device=device)  # mean loss over this process's micro-batches, whether to stop
+    for micro_step in range(gradient_accumulation_steps // world_size):
+        piece = micro_step * world_size + rank  # of the gradient_accumulation_steps micro-batches of this step
+        # batch and dropout depend on the seed, the step and the piece alone: a resumed run repeats them
+        torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, piece)).generate_state(1, np.uint64)[0]))
+        first = (iter_num * gradient_accumulation_steps + piece) * batch_size
+        X, Y = get_batch("train", train_windows(len(tokens["train"]), block_size, seed, first, batch_size))
+        if ddp:  # gradients are exchanged once a step
+            model.require_backward_grad_sync = piece + world_size >= gradient_accumulation_steps
+        with autocast:
+            _, loss = model(X, Y)
+            loss = loss * world_size / gradient_accumulation_steps
+        scaler.scale(loss).backward()
+        stats[0] += loss.detach()
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
+    stats[1] = stop
+    if ddp:  # all processes see the same loss, and stop at the same step
+        dist.all_reduce(stats)
+        stats[0] /= world_size
+    step_loss, stop = stats[0].item(), stop or int(stats[1].item())
+    # float16 gradients overflow now and then: the scaler skips such steps and scales less
+    if not math.isfinite(step_loss) or not math.isfinite(grad_norm) and dtype != "float16":
+        say(
+            f"step {iter_num}: loss {step_loss}, gradient norm {grad_norm}: stopped before the weights were touched. "
+            f"Resume from the last checkpoint with a lower --learning_rate, or try --dtype=float32"
+        )
+        exit_code = 3
+        break
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    seconds, timed = seconds + time.perf_counter() - t0, timed + 1
+
+    # log
+    if iter_num % log_interval == 0 and master:
+        dt = seconds / timed
+        seconds, timed = 0.0, 0
+        peak, peak_source = peak_flops(device, ptdtype)
+        mfu = raw_model.estimate_mfu(gradient_accumulation_steps * batch_size / world_size, dt, peak) if peak else None
+        left = time.strftime("%H:%M:%S", time.gmtime((max_iters - iter_num - 1) * dt))
+        say(
+            f"iter {iter_num}: loss {step_loss:.4f}, time {dt * 1000:.2f}ms, "
+            f"mfu {f'{mfu * 100:.2f}%' if mfu else 'unknown'}, lr {lr:.2e}, norm {grad_norm:.2f}, "
+            f"{tokens_per_iter / dt:,.0f} tok/s, eta {left}",
+            passing=True,
+        )
+        log({
+            "iter": iter_num, "loss": step_loss, "lr": lr, "grad_norm": grad_norm,
+            "tokens_per_second": tokens_per_iter / dt, "mfu": mfu,
+        })  # fmt: skip
+    iter_num += 1
+
+# -----------------------------------------------------------------------------
+# the end
+
+if stop:
+    exit_code = 128 + stop
+    say(f"stopped at step {iter_num}; to carry on: python train.py --init_from=resume --out_dir={out_dir}")
+elif exit_code == 0 and not eval_only:
+    say(f"done: {iter_num} steps, best validation loss {best_val_loss:.4f}; python sample.py --out_dir={out_dir}")
+if exit_code != 3 and saved_iter < iter_num:
+    exit_code = 1
+if ddp:
+    dist.destroy_process_group()
+sys.exit(exit_code)
