@@ -374,19 +374,19 @@ def read_checkpoint(path):
 
     OSError when it is not there, ValueError when it is damaged or is no checkpoint.
     """
-    try:
-        if zipfile.is_zipfile(path) and (part := zipfile.ZipFile(path).testzip()):  # torch.load skips the checksums
-            raise ValueError(f"the checksum of {part} is wrong")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"model", "model_args"} - set(checkpoint)
-        if missing:
-            raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
-        return checkpoint
-    except OSError:
-        raise
-    except Exception as e:  # what a damaged file raises depends on where it is damaged
-        reason = str(e).strip().split("\n")[0].split(". ")[0][:120]
-        raise ValueError(f"{path} is damaged or is not a checkpoint ({reason})") from None
+    with open(path, "rb") as f:
+        try:
+            if zipfile.is_zipfile(f) and (part := zipfile.ZipFile(f).testzip()):  # torch.load skips the checksums
+                raise ValueError(f"the checksum of {part} is wrong")
+            f.seek(0)
+            checkpoint = torch.load(f, map_location="cpu", weights_only=True)
+            missing = {"model", "model_args"} - set(checkpoint)
+            if missing:
+                raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
+            return checkpoint
+        except Exception as e:  # what a damaged file raises depends on where it is damaged
+            reason = str(e).strip().split("\n")[0].split(". ")[0][:120]
+            raise ValueError(f"{path} is damaged or is not a checkpoint ({reason})") from None
 
 
 def load_checkpoint(folder, names=(LATEST, PREVIOUS)):

@@ -172,7 +172,7 @@ with usage_errors():
     # the tokenizer of a folder that does not name one is taken to be GPT-2's, unless its vocabulary says otherwise
     tokenizer = data.tokenizer or (None if data.vocab_size else {"kind": "tiktoken", "name": "gpt2"})
     if checkpoint and checkpoint.get("tokenizer") and tokenizer and checkpoint["tokenizer"] != tokenizer:
-        fail(f"the model was trained with another tokenizer than data/{dataset} has: its token ids mean other text")
+        fail(f"the model was trained with another tokenizer than {data.folder} has: its token ids mean other text")
 
 iter_num, best_val_loss = 0, 1e9
 if resuming:
@@ -208,7 +208,7 @@ def get_batch(split, starts):
     """Inputs and targets, the tokens one further on, of the windows that begin at starts: two (B, T) on the device."""
     xy = torch.from_numpy(tokens[split].windows(starts, block_size + 1))
     if xy.max() >= raw_model.config.vocab_size:
-        fail(f"data/{dataset}: token id {xy.max()} near token {starts[0]} of {split} is past the model's vocabulary")
+        fail(f"{data.folder}: token id {xy.max()} near token {starts[0]} of {split} is past the model's vocabulary")
     if device_type == "cuda":
         xy = xy.pin_memory().to(device, non_blocking=True)
     else:
@@ -347,7 +347,7 @@ signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
 
 say(device_line + (f", {world_size} processes" if ddp else ""))
-say(f"data/{dataset}: {len(tokens['train']):,} tokens to train on, {len(tokens['val']):,} to validate")
+say(f"{data.folder}: {len(tokens['train']):,} tokens to train on, {len(tokens['val']):,} to validate")
 say(
     f"model: {raw_model.get_num_params() / 1e6:.2f}M parameters; {tokens_per_iter:,} tokens a step, "
     f"{max_iters * tokens_per_iter / len(tokens['train']):.3g} epochs in {max_iters:,} steps"
@@ -434,8 +434,8 @@ while True:
         left = time.strftime("%H:%M:%S", time.gmtime((max_iters - iter_num - 1) * dt))
         say(
             f"iter {iter_num}: loss {step_loss:.4f}, time {dt * 1000:.2f}ms, "
-            f"mfu {f'{mfu * 100:.2f}%' if mfu else 'unknown'}, lr {lr:.2e}, norm {grad_norm:.2f}, "
-            f"{tokens_per_iter / dt:,.0f} tok/s, eta {left}",
+            f"mfu {f'{mfu * 100:.2f}%' if mfu else 'unknown'}, eta {left}, "
+            f"lr {lr:.2e}, norm {grad_norm:.2f}, {tokens_per_iter / dt:,.0f} tok/s",
             passing=True,
         )
         log({

@@ -1,0 +1,88 @@
+"""Fixtures: a tiny dataset, and the scripts run as a user runs them, in this process or in one of their own."""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from data.shards import DatasetWriter
+from data.tokenizer import CharTokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness.\n"
+
+
+@pytest.fixture(autouse=True)
+def in_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder of a character-level dataset of some thousand tokens."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = CharTokenizer(sorted(set(TEXT)))
+    with DatasetWriter(str(folder), tokenizer, source="a test") as out:
+        out.write("train", tokenizer.encode(TEXT * 40))
+        out.write("val", tokenizer.encode(TEXT * 5))
+    return str(folder)
+
+
+@pytest.fixture
+def tiny_run(tiny, tmp_path):
+    """Flags of a training run of a second, and its out_dir."""
+    flags = dict(
+        dataset=tiny, out_dir=tmp_path / "out", n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4,
+        gradient_accumulation_steps=2, dropout=0.1, max_iters=20, lr_decay_iters=20, warmup_iters=2, learning_rate=1e-2,
+        eval_interval=10, eval_iters=2, device="cpu", dtype="float32", compile=False,
+    )  # fmt: skip
+    return SimpleNamespace(out=tmp_path / "out", flags=[f"--{k}={v}" for k, v in flags.items()])
+
+
+@pytest.fixture
+def script(capsys, monkeypatch):
+    """script("train.py", "--flag=value", ...) runs it in this process: a namespace of code, out, err and globals."""
+
+    def run(name, *args, stdin=None):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        capsys.readouterr()
+        code, variables = 0, {}
+        try:
+            variables = runpy.run_path(str(ROOT / name), run_name="__main__")
+        except SystemExit as e:
+            code = e.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            torch.set_grad_enabled(True)
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err, globals=variables)
+
+    return run
+
+
+@pytest.fixture
+def start_process():
+    """start_process("train.py", "--flag=value", ..., env={...}) starts it and returns the Popen; killed at the end."""
+    started = []
+
+    def start(*args, env=None, **options):
+        command = [sys.executable, *map(str, args)]
+        options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) | options
+        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(env or {})}, **options)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()

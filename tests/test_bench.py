@@ -1,0 +1,49 @@
+import json
+
+import pytest
+
+FLAGS = [
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=32",
+    "--block_size=16",
+    "--batch_size=4",
+    "--device=cpu",
+    "--compile=False",
+]
+
+
+def test_results_as_json(script, tiny, tmp_path):
+    path = tmp_path / "bench.json"
+    result = script("bench.py", *FLAGS, f"--dataset={tiny}", "--steps=5", "--decode_tokens=20", f"--json={path}")
+    assert result.code == 0 and "random tokens" not in result.out and "measured" in result.out
+    results = json.loads(path.read_text())
+    for key in ("train plainGPT", "decode 1", "decode 10"):
+        assert results[key]["tokens_per_second"] > 0
+    assert (
+        0 < results["train plainGPT"]["mfu"] < 1.5 and results["peak_memory"] > 1e7 and results["decode 1"]["bound"] > 0
+    )
+
+
+def test_random_tokens_and_a_profile(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = script("bench.py", *FLAGS, "--dataset=nowhere", "--steps=1", "--decode_tokens=0", "--profile")
+    assert result.code == 0 and "random tokens: no dataset" in result.out and "aten::" in result.out
+    assert json.loads((tmp_path / "bench_log" / "trace.json").read_text())["traceEvents"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--batch_size=0"], "batch_size must be at least 1"),
+        (["--n_head=5"], "multiple of n_head"),
+        (["--classic=nowhere"], "classic takes the folder"),
+        (["--steps=0", "--profile"], "profile needs training steps"),
+        (["--json=/dev/null/x"], "Not a directory"),
+        (["--step=3"], "did you mean steps?"),
+    ],
+)
+def test_wrong_input_is_one_line(script, flags, message):
+    result = script("bench.py", *FLAGS, "--real_data=False", "--steps=1", "--decode_tokens=0", *flags)
+    errors = [line for line in result.err.splitlines() if not line.startswith("settings:")]
+    assert result.code == 2 and len(errors) == 1 and message in errors[0]

@@ -1,0 +1,283 @@
+import builtins
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, TEXT
+
+from data.shards import Dataset, DatasetWriter, eval_windows, shuffle, train_windows
+from data.tokenizer import CharTokenizer, from_description
+
+
+def test_char_tokenizer_round_trips_through_its_description():
+    text = "añ𝄞\n b\u2028\U0010fffd"
+    tokenizer = CharTokenizer(sorted(set(text)))
+    again = from_description(json.loads(json.dumps(tokenizer.description)))
+    assert again.decode(again.encode(text)) == text and again.encode(text).tolist() == tokenizer.encode(text).tolist()
+    assert "".join(again.decode_stream(again.encode(text))) == text
+    assert again.byte_lengths()[again.encode(text)].sum() == len(text.encode())
+
+
+def test_unknown_characters_are_named():
+    with pytest.raises(ValueError, match="no token for 'x' 'é'; the tokenizer knows 'ab'"):
+        CharTokenizer("ab").encode("axbé")
+
+
+def check_bpe(tokenizer):
+    text = "Hello world, 你好 🙂<|endoftext|> again"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and tokenizer.eot in ids.tolist()
+    pieces = list(tokenizer.decode_stream(ids))
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+    assert tokenizer.decode([tokenizer.vocab_size + 9]) == "\ufffd"
+    assert tokenizer.byte_lengths()[ids].sum() == len(text.encode())
+    assert from_description(tokenizer.description).encode(text).tolist() == ids.tolist()
+
+
+def test_tiktoken_tokenizer_on_a_made_up_encoding(monkeypatch):
+    import tiktoken
+
+    ranks = {bytes([i]): i for i in range(256)} | {b"he": 256, b"ll": 257}
+    encoding = tiktoken.Encoding(
+        "gpt2", pat_str=r"\s?\w+|\s+|.", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258}
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    check_bpe(from_description({"kind": "tiktoken", "name": "gpt2"}))
+
+
+def test_gpt2_tokenizer():
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("TIKTOKEN_CACHE_DIR names no folder with the gpt2 vocabulary")
+    tokenizer = from_description({"kind": "tiktoken", "name": "gpt2"})
+    check_bpe(tokenizer)
+    assert tokenizer.encode("Hello world").tolist() == [15496, 995] and tokenizer.vocab_size == 50257
+
+
+def test_a_vocabulary_that_cannot_be_loaded_is_reported(monkeypatch):
+    import tiktoken
+
+    def no_network(name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", no_network)
+    with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR"):
+        from_description({"kind": "tiktoken", "name": "gpt2"})
+    with pytest.raises(ValueError, match="no encoding gpt7"):
+        from_description({"kind": "tiktoken", "name": "gpt7"})
+    with pytest.raises(ValueError, match="kind of tokenizer"):
+        from_description({"kind": "morse"})
+
+
+def test_shards_are_one_stream(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 2**16, 1000).astype("<u2")
+    for i, part in enumerate(np.split(ids, [1, 2, 400, 401])):
+        part.tofile(tmp_path / f"train_{i:06}.bin")
+    stream = Dataset(str(tmp_path)).split("train")
+    assert len(stream) == 1000
+    for start, count in ((0, 1000), (0, 1), (1, 5), (399, 3), (2, 399), (990, 10)):
+        assert stream.read(start, count).tolist() == ids[start : start + count].tolist()
+    assert stream.windows(np.array([0, 398]), 5).tolist() == [ids[:5].tolist(), ids[398:403].tolist()]
+
+
+def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path):
+    tokenizer = CharTokenizer([chr(i) for i in range(0x10000, 0x10000 + 70000)])
+    with DatasetWriter(str(tmp_path), tokenizer, "a test") as out:
+        for part in ([69999, 3], [70000 - 2]):
+            out.write("train", part)
+    data = Dataset(str(tmp_path))
+    assert os.path.getsize(tmp_path / "train.bin") == 12 and data.vocab_size == 70000
+    assert data.split("train").read(0, 3).tolist() == [69999, 3, 69998]
+
+
+def test_each_epoch_visits_every_window_once_in_another_order():
+    n, T = 1000, 16
+    per_epoch = (n - T) // T
+    epochs = train_windows(n, T, 5, 0, 3 * per_epoch).reshape(3, per_epoch)
+    for starts in epochs:
+        assert sorted(np.diff(sorted(starts))) == [T] * (per_epoch - 1)
+        assert starts.min() >= 0 and starts.max() + T + 1 <= n
+    assert len({tuple(np.argsort(starts)) for starts in epochs}) == 3
+    assert train_windows(n, T, 6, 0, per_epoch).tolist() != epochs[0].tolist()
+    # a batch is a piece of that order, wherever it begins
+    assert train_windows(n, T, 5, per_epoch - 3, 7).tolist() == epochs.flatten()[per_epoch - 3 :][:7].tolist()
+
+
+@pytest.mark.parametrize("n_tokens", [17, 18, 31, 32, 33, 48])
+def test_windows_of_the_shortest_streams_stay_inside(n_tokens):
+    starts = train_windows(n_tokens, 16, 0, 0, 50)
+    assert starts.min() >= 0 and starts.max() + 17 <= n_tokens
+    assert eval_windows(n_tokens, 16, 8).max() + 17 <= n_tokens
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 1000, 4097])
+def test_shuffle_is_a_permutation(n):
+    keys = np.random.SeedSequence(n).generate_state(4, np.uint64)
+    assert sorted(shuffle(np.arange(n), n, keys).tolist()) == list(range(n))
+
+
+def test_shuffle_looks_random():
+    order = shuffle(np.arange(100_000), 100_000, np.random.SeedSequence(1).generate_state(4, np.uint64))
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.02 and abs(np.corrcoef(order, range(100_000))[0, 1]) < 0.02
+    assert np.mean(np.abs(np.diff(order)) < 100) < 0.004
+
+
+def test_eval_windows_are_spread_and_do_not_overlap():
+    starts = eval_windows(10_000, 16, 10)
+    assert len(starts) == 10 and starts[0] == 0 and starts[-1] > 8500 and np.diff(starts).min() >= 16
+    assert len(eval_windows(10_000, 16, 10**9)) == 9999 // 16
+
+
+def test_an_interrupted_writer_leaves_what_was_there(tmp_path):
+    tokenizer = CharTokenizer("abc")
+    with DatasetWriter(str(tmp_path), tokenizer, "first") as out:
+        out.write("train", [0, 1, 2])
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(KeyboardInterrupt), DatasetWriter(str(tmp_path), tokenizer, "second") as out:
+        out.write("train", [2, 2])
+        raise KeyboardInterrupt
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
+    with (
+        pytest.raises(SystemExit, match="stays as it was"),
+        DatasetWriter(str(tmp_path), CharTokenizer("ab"), "x") as out,
+    ):
+        out.write("train", [0])
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_killed_between_renames_do_not_train(tmp_path, monkeypatch):
+    tokenizer = CharTokenizer("abc")
+    with DatasetWriter(str(tmp_path), tokenizer, "first") as out:
+        out.write("train", [0, 1, 2])
+        out.write("val", [0, 1, 2])
+    calls = iter(range(9))
+
+    def replace(a, b, real=os.replace):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt), DatasetWriter(str(tmp_path), tokenizer, "second") as out:
+        out.write("train", [0])
+        out.write("val", [0])
+    with pytest.raises(ValueError, match="meta.json says"):
+        Dataset(str(tmp_path)).split("val")
+
+
+def old_folder(folder, meta):
+    """A dataset folder as nanoGPT's prepare scripts leave it."""
+    for split in ("train", "val"):
+        np.arange(100, dtype=np.uint16).__mod__(3).tofile(folder / f"{split}.bin")
+    (folder / "meta.pkl").write_bytes(meta if isinstance(meta, bytes) else pickle.dumps(meta))
+    return Dataset(str(folder))
+
+
+def test_a_classic_folder_with_meta_pkl(tmp_path):
+    data = old_folder(tmp_path, {"vocab_size": 3, "itos": {0: "a", 1: "b", 2: "c"}, "stoi": {"a": 0, "b": 1, "c": 2}})
+    assert data.vocab_size == 3 and from_description(data.tokenizer).decode([2, 0]) == "ca"
+
+
+def test_a_hostile_meta_pkl_is_refused_and_does_not_run(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return builtins.open, (str(tmp_path / "it ran"), "w")
+
+    for meta in (
+        {"vocab_size": 3, "itos": Hostile()},
+        pickle.dumps(Hostile(), 0),
+        b"",
+        b"\x80\x05garbage",
+        {"vocab": 3},
+    ):
+        with pytest.raises(ValueError, match="meta.pkl is not read"):
+            old_folder(tmp_path, meta)
+    assert not (tmp_path / "it ran").exists()
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("train.bin", b"", "0 bytes"),
+        ("train.bin", b"abc", "3 bytes"),
+        ("train.bin", b"ab" * 10, "meta.json says 4,400"),
+        ("train.bin", None, "no train.bin"),
+        ("meta.json", b"{", "damaged"),
+        ("meta.json", b'{"vocab_size": "many", "dtype": "uint16"}', "damaged"),
+        ("meta.json", b'{"vocab_size": 9, "dtype": "float64"}', "damaged"),
+    ],
+)
+def test_damaged_folders_are_described(tiny, tmp_path, name, content, message):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        Dataset(str(folder)).split("train")
+
+
+def test_streams_that_do_not_fit_the_model_are_described(tiny):
+    stream = Dataset(tiny).split("val")
+    with pytest.raises(ValueError, match="--block_size=549 or less"):
+        stream.check(1000, 99)
+    with pytest.raises(ValueError, match="vocabulary ends at 9"):
+        stream.check(16, 10)
+
+
+def prepare(tmp_path, name):
+    """Run a copy of a prepare script in a copy of data/; what it printed, and the folder."""
+    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("*.bin", "meta.json", "input.txt"))
+    folder = tmp_path / "data" / name
+
+    def run(**options):
+        return subprocess.run([sys.executable, folder / "prepare.py"], capture_output=True, text=True, **options)
+
+    return run, folder
+
+
+def test_pydocs_char(tmp_path):
+    run, folder = prepare(tmp_path, "pydocs_char")
+    assert run().returncode == 0
+    data = Dataset(str(folder))
+    train, val = data.split("train"), data.split("val")
+    assert data.vocab_size < 110 and len(train) > 1_000_000 and 0.05 < len(val) / len(train) < 0.2
+    text = from_description(data.tokenizer).decode(train.read(0, len(train)))
+    assert "The expression list" in text or "Assignment statements" in text
+    first = (folder / "meta.json").read_bytes()
+    assert run().returncode == 0 and (folder / "meta.json").read_bytes() == first
+
+
+def test_shakespeare_char_takes_the_text_that_lies_there(tmp_path):
+    run, folder = prepare(tmp_path, "shakespeare_char")
+    (folder / "input.txt").write_text(TEXT * 10)
+    result = run()
+    assert result.returncode == 0 and "not tiny Shakespeare" in result.stderr
+    assert len(Dataset(str(folder)).split("train")) == int(len(TEXT) * 10 * 0.9)
+
+
+def test_shakespeare_char_has_the_known_counts(tmp_path):
+    if not os.environ.get("TINYSHAKESPEARE"):
+        pytest.skip("TINYSHAKESPEARE names no input.txt")
+    run, folder = prepare(tmp_path, "shakespeare_char")
+    shutil.copy(os.environ["TINYSHAKESPEARE"], folder / "input.txt")
+    assert run().returncode == 0
+    data = Dataset(str(folder))
+    assert (data.vocab_size, len(data.split("train")), len(data.split("val"))) == (65, 1_003_854, 111_540)
+    assert data.split("train").read(0, 5).tolist() == [18, 47, 56, 57, 58]  # First
+
+
+def test_shakespeare_char_without_network_says_what_to_do(tmp_path):
+    run, folder = prepare(tmp_path, "shakespeare_char")
+    nowhere = {**os.environ, "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "no_proxy": ""}
+    result = run(env=nowhere)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert "save it as" in result.stderr and not list(folder.glob("*.bin"))

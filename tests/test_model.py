@@ -1,0 +1,235 @@
+import itertools
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, GPTConfig, KVCache, peak_flops, sample_next
+
+SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
+
+
+def small(seed=0, **settings):
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**{**SMALL, **settings})).eval()
+    for p in model.parameters():  # larger weights than at initialisation, so that mistakes show
+        p.data += 0.3 * torch.randn_like(p) / math.sqrt(p.size(-1))
+    return model
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A random GPT2LMHeadModel, saved in the Hub's format, and its folder."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=61, n_positions=16, n_layer=2, n_head=4, n_embd=32, activation_function="gelu",
+        bos_token_id=0, eos_token_id=0, initializer_range=0.2,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.data.normal_(std=0.1)
+    folder = str(tmp_path_factory.mktemp("hub"))
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_logits_and_loss_equal_transformers(hub):
+    theirs, folder = hub
+    ours = GPT.from_pretrained(folder).eval()
+    idx = torch.randint(61, (3, 16))
+    with torch.no_grad():
+        logits, loss = ours(idx[:, :-1], idx[:, 1:])
+        expected = theirs(idx, labels=idx)
+    torch.testing.assert_close(logits, expected.logits[:, :-1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, expected.loss, atol=1e-5, rtol=1e-5)
+
+
+def test_greedy_text_equals_transformers(hub):
+    theirs, folder = hub
+    ours = GPT.from_pretrained(folder, dict(dropout=0.0)).eval()
+    idx = torch.randint(61, (2, 5))
+    mask = torch.ones_like(idx)
+    expected = theirs.generate(idx, attention_mask=mask, max_new_tokens=11, do_sample=False, eos_token_id=None)
+    assert ours.generate(idx, 11, temperature=0).tolist() == expected.tolist()
+
+
+def uncached(model, idx, n, slide=1, **sampling):
+    """What generate() has to equal: the whole window again for each token."""
+    size = model.config.block_size
+    window = idx[:, -size:]
+    for _ in range(n):
+        if window.size(1) > size:
+            window = window[:, slide:]
+        logits, _ = model(window)
+        token = sample_next(logits[:, -1], **sampling)[:, None]
+        window, idx = torch.cat((window, token), 1), torch.cat((idx, token), 1)
+    return idx
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("slide", [1, 5])
+@pytest.mark.parametrize("prompt", [1, 7, 16, 20])
+@torch.no_grad()
+def test_cached_generation_equals_uncached(prompt, slide, bias):
+    model = small(bias=bias)
+    idx = torch.randint(61, (3, prompt))
+    for sampling in (dict(temperature=0), dict(temperature=0.9, top_k=20), dict(top_p=0.8)):
+        draw = [{**sampling, "generator": torch.Generator().manual_seed(7)} for _ in range(2)]
+        expected = uncached(model, idx, 40, slide, **draw[0])
+        assert model.generate(idx, 40, slide=slide, **draw[1]).tolist() == expected.tolist()
+    assert len(set(expected[0, prompt:].tolist())) > 3  # it is no constant text that agrees
+
+
+@torch.no_grad()
+def test_a_prompt_in_chunks_equals_the_prompt():
+    model, idx = small(), torch.randint(61, (2, 12))
+    expected, _ = model(idx)
+    for cuts in ([0, 12], [0, 5, 12], [0, 1, 2, 9, 12]):
+        caches = [KVCache(16) for _ in range(2)]
+        for start, end in itertools.pairwise(cuts):
+            logits, _ = model(idx[:, start:end], caches=caches)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_model_is_causal():
+    model, idx = small(), torch.randint(61, (1, 16))
+    changed = idx.clone()
+    changed[0, 10] = (idx[0, 10] + 1) % 61
+    a, b = (model(x, x)[0] for x in (idx, changed))
+    torch.testing.assert_close(a[:, :10], b[:, :10], atol=0, rtol=0)
+    assert not torch.allclose(a[:, 10], b[:, 10])
+
+
+def test_stream_ends_when_every_row_has_stopped():
+    model, idx = small(), torch.randint(61, (4, 3))
+    draw = lambda **extra: dict(generator=torch.Generator().manual_seed(3), **extra)  # noqa: E731
+    free = model.generate(idx, 200, **draw())[:, 3:]
+    stop = int(free[0, 5])
+    stopped = model.generate(idx, 200, **draw(stop=stop))[:, 3:].tolist()
+    ends = [row.tolist().index(stop) for row in free]  # rows do not depend on what the others draw
+    assert len(stopped[0]) == max(ends) + 1 < 200
+    for row, unstopped, end in zip(stopped, free.tolist(), ends, strict=True):
+        assert row[:end] == unstopped[:end] and set(row[end:]) == {stop}
+
+
+def test_sampling_keeps_to_top_k_and_top_p():
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    logits = probs.log().expand(2000, 4)
+    seen = lambda **settings: set(sample_next(logits, **settings).tolist())  # noqa: E731
+    torch.manual_seed(0)
+    assert seen() == {0, 1, 2, 3} == seen(top_k=0, top_p=0.0) == seen(top_k=9, top_p=1.0)
+    assert seen(top_k=2) == {0, 1}
+    assert seen(top_p=0.4) == {0} and seen(top_p=0.51) == {0, 1} and seen(top_p=0.85) == {0, 1, 2}
+    assert seen(temperature=0) == {0}
+    share = (sample_next(logits, temperature=0.5) == 0).float().mean().item()
+    assert share == pytest.approx(0.25 / (0.25 + 0.09 + 0.0225 + 0.0025), abs=0.04)
+
+
+def test_every_parameter_has_one_optimizer_group_and_matrices_decay():
+    model = small(bias=True)
+    groups = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu").param_groups
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
+    assert {p.dim() for p in groups[0]["params"]} == {2} and groups[0]["weight_decay"] == 0.1
+    assert {p.dim() for p in groups[1]["params"]} == {1} and groups[1]["weight_decay"] == 0.0
+
+
+def test_fused_adamw_equals_the_plain_one():
+    a, b = small(bias=True), small(bias=True)
+    fused = a.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu")
+    assert fused.param_groups[0]["fused"]
+    plain = torch.optim.AdamW(
+        [
+            {"params": [p for p in b.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in b.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=1e-2, betas=(0.9, 0.95), fused=False, foreach=False,
+    )  # fmt: skip
+    for step in range(5):
+        torch.manual_seed(step)
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        fused.step()
+        plain.step()
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=1e-5)
+
+
+def test_flops_equal_those_that_torch_counts():
+    model = small()
+    idx = torch.randint(61, (2, 17))
+    counter = FlopCounterMode(display=False)
+    with counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model(idx[:, :-1], idx[:, 1:])[1].backward()
+    assert model.flops_per_token() * 2 * 16 == counter.get_total_flops()
+    assert model.estimate_mfu(2, dt=0.5, peak=1e9) == pytest.approx(counter.get_total_flops() / 0.5 / 1e9)
+
+
+def test_peak_is_measured_on_a_cpu_and_unknown_is_said():
+    flops, source = peak_flops("cpu", torch.float32)
+    assert flops > 1e8 and "measured" in source
+    assert peak_flops("mps", torch.float32) == (None, "peak of mps unknown")
+
+
+def test_initial_weights_and_loss():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**SMALL))
+    stds = {name: p.std().item() for name, p in model.named_parameters()}
+    assert stds["transformer.wte.weight"] == pytest.approx(0.02, rel=0.1)
+    assert stds["transformer.h.1.attn.c_attn.weight"] == pytest.approx(0.02, rel=0.1)
+    assert stds["transformer.h.1.mlp.c_proj.weight"] == pytest.approx(0.02 / math.sqrt(4), rel=0.1)
+    assert model.transformer.h[0].attn.c_attn.bias.abs().max() == 0 and model.transformer.ln_f.weight.min() == 1
+    _, loss = model(torch.randint(61, (4, 16)), torch.randint(61, (4, 16)))
+    assert loss.item() == pytest.approx(math.log(61), abs=0.1)
+
+
+def test_number_of_parameters_of_gpt2():
+    with torch.device("meta"):
+        assert GPT(GPTConfig(vocab_size=50257)).get_num_params(non_embedding=False) == 124439808
+
+
+@torch.no_grad()
+def test_crop_block_size():
+    model, idx = small(), torch.randint(61, (2, 8))
+    before, _ = model(idx)
+    model.crop_block_size(8)
+    assert torch.equal(model(idx)[0], before) and model.transformer.wpe.weight.untyped_storage().nbytes() == 8 * 32 * 4
+    with pytest.raises(ValueError, match="block_size of 8"):
+        model(torch.randint(61, (2, 9)))
+    with pytest.raises(ValueError, match="past the 8"):
+        model.crop_block_size(9)
+
+
+def test_gradients_of_attention_in_bfloat16_are_close_to_float32():
+    grads = {}
+    for enabled in (False, True):
+        model = small()
+        idx = torch.randint(61, (4, 17), generator=torch.Generator().manual_seed(1))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(idx[:, :-1], idx[:, 1:])[1].backward()
+        grads[enabled] = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert torch.nn.functional.cosine_similarity(grads[True], grads[False], dim=0) > 0.999
+
+
+def test_wrong_shapes_are_refused_by_name():
+    for wrong, message in (
+        (dict(n_head=3), "multiple of n_head"),
+        (dict(n_layer=0), "n_layer"),
+        (dict(dropout=1.5), "dropout"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GPTConfig(**{**SMALL, **wrong})
+
+
+def test_all_mismatched_weights_are_reported_together():
+    model = small()
+    weights = dict(model.state_dict(), stray=torch.zeros(2))
+    del weights["lm_head.weight"]
+    with pytest.raises(ValueError, match=r"lm_head.weight missing.*stray \(2,\) instead of nothing"):
+        GPT.from_checkpoint({"model": weights, "model_args": SMALL})

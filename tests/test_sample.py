@@ -1,0 +1,154 @@
+import io
+import re
+import subprocess
+
+import pytest
+import torch
+from conftest import TEXT
+
+from model import GPT, LATEST, read_checkpoint, save_checkpoint
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    """Folder with a checkpoint of a tiny model that has learned its text a little. No dataset is named in it."""
+    from data.shards import Dataset, train_windows
+    from data.tokenizer import from_description
+    from model import GPTConfig
+
+    data = Dataset(tiny)
+    stream = data.split("train")
+    torch.manual_seed(0)
+    model_args = dict(
+        n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=data.vocab_size, bias=False, dropout=0.0
+    )
+    model = GPT(GPTConfig(**model_args))
+    optimizer = model.configure_optimizers(0.0, 1e-2, (0.9, 0.99), "cpu")
+    for step in range(200):
+        xy = torch.from_numpy(stream.windows(train_windows(len(stream), 32, 0, step * 16, 16), 33))
+        model(xy[:, :-1], xy[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("trained")
+    state = {"model": model.state_dict(), "model_args": model_args, "tokenizer": data.tokenizer, "iter_num": 200}
+    save_checkpoint(state, folder)
+    assert from_description(data.tokenizer).vocab_size == data.vocab_size
+    return folder
+
+
+@pytest.fixture
+def sample(script, trained):
+    def run(*flags, code=0):
+        result = script("sample.py", f"--out_dir={trained}", "--device=cpu", "--dtype=float32", *flags)
+        assert result.code == code, result.err
+        return result
+
+    return run
+
+
+def test_text_is_what_was_learned(sample):
+    out = sample("--start=It was the", "--max_new_tokens=40", "--num_samples=2", "--temperature=0").out
+    assert out == f"{TEXT[:50]}\n---------------\n" * 2
+
+
+def test_the_seed_decides(sample):
+    a, b, c = (sample("--start=It", "--max_new_tokens=40", f"--seed={s}", "--temperature=2.0").out for s in (1, 1, 2))
+    assert a == b != c and a.count("---------------") == 10
+    assert len(set(a.split("---------------"))) > 5  # the samples of a batch differ
+
+
+def test_streamed_text_equals_batched_text(sample):
+    flags = ["--start=It was", "--num_samples=1", "--max_new_tokens=100", "--temperature=1.5", "--top_p=0.9"]
+    assert sample(*flags, "--stream").out == sample(*flags).out
+
+
+def test_slide_and_stop(sample):
+    flags = ["--start=It was", "--num_samples=2", "--max_new_tokens=300", "--temperature=0"]
+    assert sample(*flags, "--slide=8").out.startswith(TEXT[:50])
+    for more in ([], ["--stream"]):
+        out = sample(*flags, "--stop=f", *more).out
+        assert out == f"{TEXT[: TEXT.index('f')]}\n---------------\n" * 2
+
+
+def test_prompts_from_a_file_and_from_stdin(sample, tmp_path, monkeypatch):
+    flags = ["--num_samples=1", "--max_new_tokens=20", "--temperature=0"]
+    expected = sample("--start=the age of", *flags).out
+    (tmp_path / "prompt.txt").write_text("the age of")
+    assert sample(f"--start=FILE:{tmp_path / 'prompt.txt'}", *flags).out == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("the age of"))
+    assert sample("--start=-", *flags).out == expected
+
+
+def test_interactive_goes_on_after_a_wrong_prompt(trained, start_process):
+    flags = [f"--out_dir={trained}", "--interactive", "--max_new_tokens=20", "--temperature=0", "--device=cpu"]
+    process = start_process("sample.py", *flags, stdin=subprocess.PIPE)
+    out, err = process.communicate("It was the \n\né\nthe age of\n", timeout=60)
+    assert process.returncode == 0 and "Traceback" not in err
+    assert "the prompt is empty" in err and "no token for 'é'" in err
+    assert re.search("best of times", out) and re.search("wisdom|foolishness", out)
+
+
+def test_a_path_to_a_checkpoint(sample, trained):
+    flags = ["--start=It", "--max_new_tokens=20", "--num_samples=1"]
+    expected = sample(*flags).out
+    assert sample(f"--init_from={trained / LATEST}", "--out_dir=nowhere", *flags).out == expected
+    assert sample(f"--init_from={trained}", "--out_dir=nowhere", *flags).out == expected
+
+
+def test_dtypes_and_compile(sample):
+    flags = ["--start=It was the", "--max_new_tokens=40", "--num_samples=1", "--temperature=0"]
+    assert sample(*flags, "--dtype=bfloat16").out.startswith(TEXT[:40])
+
+
+def test_a_damaged_best_falls_back_loudly(sample, trained):
+    (trained / "ckpt_best.pt").write_bytes(b"damaged")
+    try:
+        result = sample("--start=It", "--max_new_tokens=5")
+        assert "ckpt_best.pt is damaged" in result.err and "ckpt.pt: step 200" in result.err
+    finally:
+        (trained / "ckpt_best.pt").unlink()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--start=é"], "no token for 'é'"),
+        (["--start="], "the prompt is empty"),
+        (["--start=FILE:nowhere.txt"], "No such file or directory: nowhere.txt"),
+        (["--stop=two"], "stop must be one token"),
+        (["--stop=é"], "no token for 'é'"),
+        (["--num_samples=0"], "num_samples must be at least 1"),
+        (["--temperature=-1.0"], "must not be negative"),
+        (["--top_p=1.5"], "must lie in [0, 1]"),
+        (["--out_dir=nowhere"], "no checkpoint in nowhere"),
+        (["--init_from=nowhere.pt"], "there is no nowhere.pt"),
+        (["--init_from=README.md"], "README.md is damaged or is not a checkpoint"),
+        (["--tempreature=1"], "did you mean temperature?"),
+    ],
+)
+def test_wrong_input_is_one_line(sample, flags, message):
+    result = sample(*flags, code=2)
+    errors = [line for line in result.err.splitlines() if not line.startswith(("settings:", "device ", "ckpt"))]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
+    assert result.out == ""
+
+
+def test_a_checkpoint_that_does_not_fit_its_own_settings(sample, trained, tmp_path):
+    state = read_checkpoint(trained / LATEST)
+    for change, message in (
+        (dict(n_embd=64), "weights do not fit the model"),
+        (dict(n_experts=4), "unknown here: n_experts"),
+    ):
+        save_checkpoint({**state, "model_args": {**state["model_args"], **change}}, tmp_path)
+        assert message in sample(f"--init_from={tmp_path}", code=2).err
+
+
+def test_a_classic_checkpoint_takes_the_tokenizer_of_its_dataset(sample, trained, tiny, tmp_path):
+    state = read_checkpoint(trained / LATEST)
+    del state["tokenizer"]
+    state["model"] = {"_orig_mod." + k: v for k, v in state["model"].items()}
+    save_checkpoint({**state, "config": {"dataset": tiny}}, tmp_path)
+    flags = ["--start=It was the", "--max_new_tokens=30", "--num_samples=1", "--temperature=0"]
+    assert sample(f"--init_from={tmp_path}", *flags).out.startswith(TEXT[:40])
+    save_checkpoint(state, tmp_path)
+    assert "nothing says which text" in sample(f"--init_from={tmp_path}", *flags, code=2).err

@@ -1,0 +1,445 @@
+import ast
+import json
+import math
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+
+import pytest
+import torch
+from conftest import ROOT
+
+from model import BEST, LATEST, PREVIOUS, load_checkpoint, read_checkpoint, save_checkpoint
+
+
+def tensors(x, prefix=""):
+    """{path: value} of the leaves of nested dicts and lists."""
+    if isinstance(x, (dict, list, tuple)):
+        items = x.items() if isinstance(x, dict) else enumerate(x)
+        return {k: v for key, value in items for k, v in tensors(value, f"{prefix}/{key}").items()}
+    return {prefix: x}
+
+
+def assert_same_state(a, b):
+    """All that decides how training goes on is equal, bit for bit."""
+    for part in ("model", "optimizer", "model_args", "iter_num", "scaler"):
+        left, right = tensors(a[part]), tensors(b[part])
+        assert left.keys() == right.keys()
+        for key in left:
+            same = torch.equal(left[key], right[key]) if torch.is_tensor(left[key]) else left[key] == right[key]
+            assert same, f"{part}{key}"
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def train(script):
+    def run(flags, *more, code=0):
+        result = script("train.py", *flags, *more)
+        assert result.code == code, result.err + result.out
+        return result
+
+    return run
+
+
+@pytest.fixture
+def finished(train, tiny_run):
+    """A finished run of 20 steps: its last state."""
+    train(tiny_run.flags)
+    return read_checkpoint(tiny_run.out / LATEST)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_is_the_uninterrupted_run(train, tiny_run, tmp_path, dtype):
+    flags = [*tiny_run.flags, f"--dtype={dtype}", "--eval_interval=5"]
+    train(flags)
+    halves = f"--out_dir={tmp_path / 'halves'}"
+    train(flags, halves, "--max_iters=10")
+    train(flags, halves, "--init_from=resume")
+    whole, resumed = read_checkpoint(tiny_run.out / LATEST), read_checkpoint(tmp_path / "halves" / LATEST)
+    assert_same_state(whole, resumed)
+    strip = lambda rows: [{k: v for k, v in r.items() if k not in ("tokens_per_second", "mfu")} for r in rows]  # noqa: E731
+    whole, resumed = strip(metrics(tiny_run.out)), strip(metrics(tmp_path / "halves"))
+    assert [r for r in whole if "loss" in r] == [r for r in resumed if "loss" in r]
+    # the shorter run evaluated at its end, as the longer one does at every fifth step
+    assert [r["val/loss"] for r in whole if "val/loss" in r] == [r["val/loss"] for r in resumed if "val/loss" in r]
+
+
+def test_resume_needs_no_other_flag_than_out_dir(train, tiny_run, finished, tmp_path):
+    again = tmp_path / "again"
+    train(tiny_run.flags, f"--out_dir={again}", "--max_iters=7")
+    train([], f"--out_dir={again}", "--init_from=resume", "--max_iters=20", "--device=cpu")
+    assert_same_state(finished, read_checkpoint(again / LATEST))
+
+
+def test_auto_begins_and_then_resumes(train, tiny_run, finished, tmp_path):
+    flags = [*tiny_run.flags, f"--out_dir={tmp_path / 'auto'}", "--init_from=auto"]
+    train(flags, "--max_iters=8")
+    assert "resuming" in train(flags).out
+    assert_same_state(finished, read_checkpoint(tmp_path / "auto" / LATEST))
+
+
+def test_changed_settings_win_over_the_checkpoint_and_are_named(train, tiny_run, finished):
+    result = train(tiny_run.flags, "--init_from=resume", "--weight_decay=0.5", "--max_iters=21")
+    assert "changed since then: max_iters 20 -> 21, weight_decay 0.1 -> 0.5" in result.out
+    state = read_checkpoint(tiny_run.out / LATEST)
+    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5 and state["iter_num"] == 21
+
+
+def test_evaluating_and_saving_do_not_disturb_training(train, tiny_run, finished, tmp_path):
+    train(tiny_run.flags, f"--out_dir={tmp_path / 'b'}", "--eval_interval=3", "--save_interval=4", "--log_interval=7")
+    assert_same_state(finished, read_checkpoint(tmp_path / "b" / LATEST))
+
+
+def test_a_new_run_keeps_the_earlier_one_aside(train, tiny_run, finished):
+    result = train(tiny_run.flags, "--seed=1", "--max_iters=3")
+    assert "moved to" in result.out
+    assert_same_state(finished, read_checkpoint(tiny_run.out / "previous" / LATEST))
+    assert len(metrics(tiny_run.out)) == 5 and read_checkpoint(tiny_run.out / LATEST)["iter_num"] == 3
+
+
+def test_a_run_from_a_checkpoint_begins_with_its_weights(train, tiny_run, finished, tmp_path):
+    for source in (tiny_run.out / LATEST, tiny_run.out):
+        flags = [*tiny_run.flags, f"--out_dir={tmp_path / 'tuned'}", f"--init_from={source}"]
+        name = LATEST if source.is_file() else BEST
+        before = read_checkpoint(tiny_run.out / name)["model"]
+        train(flags, "--max_iters=1", "--learning_rate=0.0", "--weight_decay=0.0", "--decay_lr=False", "--block_size=8")
+        after = read_checkpoint(tmp_path / "tuned" / LATEST)
+        assert after["iter_num"] == 1 and after["model_args"]["block_size"] == 8
+        for key, value in after["model"].items():
+            assert torch.equal(value, before[key][:8] if "wpe" in key else before[key]), key
+
+
+def test_best_and_latest(train, tiny_run, finished):
+    rows = [r for r in metrics(tiny_run.out) if "val/loss" in r]
+    best = read_checkpoint(tiny_run.out / BEST)
+    assert best["best_val_loss"] == min(r["val/loss"] for r in rows) and "optimizer" not in best
+    assert finished["iter_num"] == 20 and read_checkpoint(tiny_run.out / PREVIOUS)["iter_num"] == 10
+
+
+def test_only_a_new_best_is_saved_when_asked(train, tiny_run):
+    # the rate makes the loss worse from the first step on
+    flags = ["--always_save_checkpoint=False", "--learning_rate=50.0", "--decay_lr=False", "--eval_interval=2"]
+    train(tiny_run.flags, *flags, "--max_iters=6")
+    assert not (tiny_run.out / BEST).exists() and not (tiny_run.out / PREVIOUS).exists()
+    assert read_checkpoint(tiny_run.out / LATEST)["iter_num"] == 6  # the end is saved all the same
+
+
+def test_checkpoints_hold_plain_values_and_nanogpts_keys(finished):
+    assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"} <= set(finished)
+    assert set(finished["model_args"]) == {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
+    plain = (torch.Tensor, int, float, bool, str, type(None))
+    assert all(isinstance(v, plain) for v in tensors(finished).values())
+    assert not any(key.startswith(("_orig_mod", "module")) for key in finished["model"])
+
+
+def test_eval_only_gives_the_same_number_twice_and_changes_nothing(train, tiny_run, finished):
+    files = {p: p.read_bytes() for p in tiny_run.out.iterdir()}
+    outs = [train(tiny_run.flags, "--init_from=resume", "--eval_only").out for _ in range(2)]
+    assert outs[0] == outs[1] and {p: p.read_bytes() for p in tiny_run.out.iterdir()} == files
+    match = re.search(r"step 20: .* val loss ([\d.]+), perplexity ([\d.]+), ([\d.]+) bits per byte", outs[0])
+    loss, perplexity, bits = map(float, match.groups())
+    assert perplexity == pytest.approx(math.exp(loss), rel=1e-2) and bits == pytest.approx(loss / math.log(2), rel=1e-3)
+    assert loss == pytest.approx([r["val/loss"] for r in metrics(tiny_run.out) if "val/loss" in r][-1], abs=1e-4)
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(train, tiny_run, tmp_path):
+    runs = []
+    for accumulation, batch in ((4, 2), (1, 8)):
+        out = tmp_path / f"a{accumulation}"
+        sizes = [f"--gradient_accumulation_steps={accumulation}", f"--batch_size={batch}", "--dropout=0.0"]
+        train(tiny_run.flags, *sizes, f"--out_dir={out}")
+        runs.append([r["loss"] for r in metrics(out) if "loss" in r])
+    assert runs[0] == pytest.approx(runs[1], abs=1e-4) and runs[0][-1] < runs[0][0] - 0.5
+
+
+def test_learning_rate_schedules():
+    tree = ast.parse((ROOT / "train.py").read_text())
+    get_lr = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "get_lr")
+    lr = {}
+    for name in ("cosine", "linear", "constant", "wsd"):
+        scope = dict(
+            math=math, decay_lr=True, lr_schedule=name, learning_rate=1.0, min_lr=0.1, warmup_iters=10,
+            lr_decay_iters=110, wsd_decay_frac=0.2,
+        )  # fmt: skip
+        exec(ast.unparse(get_lr), scope)
+        lr[name] = [scope["get_lr"](it) for it in range(130)]
+        assert lr[name][:11] == pytest.approx([(i + 1) / 11 for i in range(10)] + [1.0])
+    for name in ("cosine", "linear"):
+        assert lr[name][60] == pytest.approx(0.55) and lr[name][110:] == [0.1] * 20
+    assert lr["cosine"][35] == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    assert lr["linear"][35] == pytest.approx(0.775)
+    assert lr["constant"][10:] == [1.0] * 120
+    assert lr["wsd"][10:89] == [1.0] * 79 and lr["wsd"][99] == pytest.approx(0.55) and lr["wsd"][110:] == [0.1] * 20
+
+
+def test_the_schedule_reaches_the_optimizer(train, tiny_run):
+    train(tiny_run.flags, "--decay_lr=False", "--learning_rate=0.003")
+    assert {r["lr"] for r in metrics(tiny_run.out) if "lr" in r} == {0.003}
+    train(tiny_run.flags, "--lr_schedule=linear", "--min_lr=0.001", "--learning_rate=0.003", "--lr_decay_iters=12")
+    rows = [r["lr"] for r in metrics(tiny_run.out) if "lr" in r]
+    assert rows[:3] == pytest.approx([0.001, 0.002, 0.003]) and rows[12:] == [0.001] * 8
+
+
+def test_a_diverged_run_stops_before_it_touches_the_weights(train, tiny_run):
+    flags = ["--learning_rate=1e30", "--decay_lr=False", "--grad_clip=0.0", "--save_interval=1", "--dropout=0.0"]
+    result = train(tiny_run.flags, *flags, code=3)
+    assert "stopped before the weights were touched" in result.out
+    step = int(re.search(r"^step (\d+): loss", result.out, re.M)[1])
+    state = read_checkpoint(tiny_run.out / LATEST)
+    assert state["iter_num"] == step  # saved before the step that failed
+    assert all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+# ---- signals and kills
+
+
+def wait_for_line(process, pattern):
+    """Read the process's output up to a line that matches."""
+    for line in process.stdout:
+        if re.search(pattern, line):
+            return line
+    raise AssertionError(f"it ended without {pattern!r}: {process.stderr.read()}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_exits(train, tiny_run, finished, start_process, tmp_path, number):
+    out = f"--out_dir={tmp_path / 'stopped'}"
+    process = start_process("train.py", *tiny_run.flags, out, "--max_iters=1000000")
+    wait_for_line(process, r"^iter 3:")
+    process.send_signal(number)
+    rest, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and "--init_from=resume" in rest and "Traceback" not in err
+    state = read_checkpoint(tmp_path / "stopped" / LATEST)
+    assert f"stopped at step {state['iter_num']}" in rest
+    steps = max(20, state["iter_num"] + 1)
+    for folder, begin in ((out, "resume"), (f"--out_dir={tmp_path / 'whole'}", "scratch")):
+        train(tiny_run.flags, folder, f"--init_from={begin}", f"--max_iters={steps}")
+    assert_same_state(read_checkpoint(tmp_path / "whole" / LATEST), read_checkpoint(tmp_path / "stopped" / LATEST))
+
+
+def test_kill_9_over_and_over_ends_with_the_same_weights(train, tiny_run, tmp_path, start_process):
+    steps = 400
+    flags = [*tiny_run.flags, f"--max_iters={steps}", "--log_interval=50", "--eval_interval=200", "--n_embd=128"]
+    train(flags)
+    folder = tmp_path / "killed"
+    kills = reached = 0
+    while True:
+        # a save after every step, so that many a kill falls into one
+        process = start_process("train.py", *flags, f"--out_dir={folder}", "--init_from=auto", "--save_interval=1")
+        try:
+            wait_for_line(process, r"tokens a step")
+            process.communicate(timeout=0.5 + 0.19 * kills)
+            assert process.returncode == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            state, name = load_checkpoint(folder)
+            assert state["iter_num"] >= reached
+            reached = state["iter_num"]
+    assert kills >= 3
+    assert_same_state(read_checkpoint(tiny_run.out / LATEST), read_checkpoint(folder / LATEST))
+    rows = [r["iter"] for r in metrics(folder) if "loss" in r]
+    assert rows == sorted(set(rows))
+
+
+def test_a_kill_at_any_rename_leaves_a_checkpoint(tmp_path, monkeypatch):
+    state = {"model": {}, "model_args": {}, "iter_num": 0}
+    for name in (LATEST, BEST):
+        for killed_at in range(3):
+            folder = tmp_path / f"{name}{killed_at}"
+            folder.mkdir()
+            for i in (1, 2):
+                save_checkpoint({**state, "iter_num": i}, folder, name)
+            calls = iter(range(9))
+
+            def replace(a, b, real=os.replace, calls=calls, killed_at=killed_at):
+                if next(calls) == killed_at:
+                    raise KeyboardInterrupt
+                real(a, b)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "replace", replace)
+                try:
+                    save_checkpoint({**state, "iter_num": 3}, folder, name)
+                except KeyboardInterrupt:
+                    pass
+            found, _ = load_checkpoint(folder, (name, PREVIOUS))
+            assert found["iter_num"] in (2, 3)
+
+
+def test_a_full_disk_keeps_the_checkpoint_and_the_run(tiny_run, start_process):
+    def limit():  # files can grow to 100 kB, as if that were all the space
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    first = start_process("train.py", *tiny_run.flags, "--max_iters=5", "--n_embd=32")
+    assert first.wait() == 0
+    before = (tiny_run.out / LATEST).read_bytes()
+    assert len(before) > 100_000
+    process = start_process("train.py", *tiny_run.flags, "--n_embd=32", "--init_from=resume", preexec_fn=limit)
+    out, err = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in err
+    assert "is not written, the one before stays" in out and "iter 19:" in out
+    assert (tiny_run.out / LATEST).read_bytes() == before and not list(tiny_run.out.glob("*.tmp"))
+
+
+# ---- damaged and hostile files
+
+
+def damage(path, how):
+    raw = bytearray(path.read_bytes())
+    if how == "truncated":
+        raw = raw[: len(raw) // 2]
+    elif how == "empty":
+        raw = b""
+    else:
+        raw[len(raw) // 2] ^= 16  # in the middle lies a tensor: torch.load itself does not see it
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "bit-flipped"])
+def test_a_damaged_latest_falls_back_to_the_previous(train, tiny_run, finished, how):
+    damage(tiny_run.out / LATEST, how)
+    result = train(tiny_run.flags, "--init_from=auto")
+    assert f"{LATEST} is damaged" in result.err and f"resuming from {tiny_run.out / PREVIOUS} at step 10" in result.out
+    assert_same_state(finished, read_checkpoint(tiny_run.out / LATEST))
+    assert (tiny_run.out / (LATEST + ".damaged")).exists()
+
+
+def test_any_flipped_bit_is_found_or_harmless(tmp_path):
+    weights = {"w": torch.arange(300.0)}
+    save_checkpoint({"model": weights, "model_args": {"n_layer": 3}}, tmp_path)
+    raw, found = (tmp_path / LATEST).read_bytes(), 0
+    for position in range(0, len(raw), 7):
+        (tmp_path / LATEST).write_bytes(raw[:position] + bytes([raw[position] ^ 4]) + raw[position + 1 :])
+        try:
+            state = read_checkpoint(tmp_path / LATEST)
+            assert torch.equal(state["model"]["w"], weights["w"]) and state["model_args"] == {"n_layer": 3}
+        except ValueError:
+            found += 1
+    assert found > 1200 / 7  # all of the tensor's bytes at least
+
+
+def test_hostile_checkpoints_are_refused_and_do_not_run(script, tiny_run, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return open, (str(tmp_path / "it ran"), "w")
+
+    tiny_run.out.mkdir()
+    path = tiny_run.out / LATEST
+    for write in (
+        lambda: torch.save({"model": Hostile(), "model_args": {}}, path),
+        lambda: path.write_bytes(pickle.dumps(Hostile())),
+    ):
+        write()
+        for name, flags in (
+            ("train.py", [*tiny_run.flags, "--init_from=resume"]),
+            ("train.py", [*tiny_run.flags, f"--init_from={path}"]),
+            ("sample.py", [f"--out_dir={tiny_run.out}"]),
+        ):
+            result = script(name, *flags)
+            assert result.code == 2 and "error: " in result.err and "Traceback" not in result.err
+    assert not (tmp_path / "it ran").exists()
+
+
+# ---- wrong input
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--dataset=nowhere"], "no dataset in data/nowhere"),
+        (["--batch_size=0"], "batch_size must be at least 1"),
+        (["--learning_rate=-1.0"], "learning_rate must not be negative"),
+        (["--n_head=3"], "n_embd (16) must be a multiple of n_head (3)"),
+        (["--dropout=1.0"], "dropout must lie in [0, 1)"),
+        (["--block_size=100000"], "use more text, or --block_size="),
+        (["--lr_schedule=sine"], "lr_schedule takes cosine"),
+        (["--init_from=resume"], "no checkpoint in"),
+        (["--init_from=nowhere.pt"], "No such file or directory: nowhere.pt"),
+        (["--init_from=gtp2"], "there is no gtp2"),
+        (["--device=cuda:77"], "GPU"),
+        (["--dtype=float8"], "dtype takes"),
+        (["config/nothing.py"], "no config file config/nothing.py"),
+        (["--n_laier=3"], "did you mean n_layer?"),
+        (["--out_dir=/dev/null/x"], "Not a directory"),
+    ],
+)
+def test_wrong_input_is_one_line(script, tiny_run, flags, message):
+    result = script("train.py", *tiny_run.flags, *flags)
+    assert result.code == 2 and message in result.err
+    assert [line for line in result.err.splitlines() if not line.startswith("settings:")] == [
+        line for line in result.err.splitlines() if line.startswith("error: ")
+    ]
+
+
+def test_a_dataset_that_is_not_prepared_names_the_command(script):
+    if any((ROOT / "data" / "pydocs_char").glob("*.bin")):
+        pytest.skip("data/pydocs_char is prepared")
+    result = script("train.py", "config/train_pydocs_char.py")
+    assert result.code == 2 and "python data/pydocs_char/prepare.py" in result.err
+
+
+def test_a_checkpoint_of_another_dataset_is_refused(script, tiny_run, finished, tmp_path, tiny):
+    other = shutil.copytree(tiny, tmp_path / "other")
+    meta = json.loads((other / "meta.json").read_text())
+    meta["tokenizer"]["characters"] = meta["tokenizer"]["characters"][::-1]
+    (other / "meta.json").write_text(json.dumps(meta))
+    result = script("train.py", *tiny_run.flags, "--init_from=resume", f"--dataset={other}")
+    assert result.code == 2 and "another tokenizer" in result.err
+    result = script("train.py", *tiny_run.flags, "--init_from=resume", "--block_size=32")
+    assert result.code == 2 and "block_size 32 is past the 16" in result.err
+
+
+# ---- processes and compilers
+
+
+def test_two_processes_train_like_one(train, tiny_run, tmp_path, start_process):
+    train(tiny_run.flags)
+    out = tmp_path / "two"
+    process = start_process(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        "train.py", *tiny_run.flags, f"--out_dir={out}",
+        env={"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    one, two = metrics(tiny_run.out), metrics(out)
+    for key in ("loss", "val/loss", "train/loss", "grad_norm"):
+        assert [r[key] for r in two if key in r] == pytest.approx([r[key] for r in one if key in r], abs=1e-4)
+
+
+def test_without_a_compiler_training_goes_on(tiny_run, start_process, tmp_path):
+    process = start_process(
+        "train.py", *tiny_run.flags, "--compile=True", "--max_iters=2",
+        env={"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+    )  # fmt: skip
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "iter 1:" in out
+    assert err.count("compile=False: torch.compile does not work here") == 1 and "Traceback" not in err
+
+
+def test_a_terminal_gets_one_progress_line_and_a_pipe_plain_ones(tiny_run, start_process):
+    pty = pytest.importorskip("pty")
+    main, secondary = pty.openpty()
+    process = start_process("train.py", *tiny_run.flags, "--max_iters=4", stdout=secondary)
+    os.close(secondary)
+    shown = b""
+    try:
+        while chunk := os.read(main, 4096):
+            shown += chunk
+    except OSError:
+        pass  # the terminal's end
+    assert process.wait() == 0
+    assert shown.count(b"\r\x1b[Kiter ") == 4 and b"eta" in shown
+    plain = start_process("train.py", *tiny_run.flags, "--max_iters=4").communicate()[0]
+    assert plain.count("\niter ") == 4 and "\r" not in plain and "\x1b" not in plain
