@@ -455,5 +455,6 @@ elif exit_code == 0 and not eval_only:
 if exit_code != 3 and saved_iter < iter_num:
     exit_code = 1
 if ddp:
+    dist.barrier()  # a process that leaves while another still saves can bring it down
     dist.destroy_process_group()
 sys.exit(exit_code)
