@@ -24,7 +24,7 @@ import torch
 
 def fail(message):
     """Say in one line what is wrong and what to do, and exit with 2, the code for wrong usage."""
-    print(f"error: {message}", file=sys.stderr)
+    print("error:", " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 

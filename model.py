@@ -302,7 +302,13 @@ class GPT(nn.Module):
         format. override_args may hold dropout. OSError when it is not to be had."""
         from transformers import GPT2LMHeadModel
 
-        hub = GPT2LMHeadModel.from_pretrained(name)
+        try:
+            hub = GPT2LMHeadModel.from_pretrained(name)
+        except OSError as e:
+            reason = str(e).strip().split("\n")[0]
+            raise OSError(
+                f"{name} is not cached here and cannot be loaded from the Hugging Face Hub: {reason}"
+            ) from None
         sizes = dict(n_layer=hub.config.n_layer, n_head=hub.config.n_head, n_embd=hub.config.n_embd)
         model_args = dict(sizes, block_size=hub.config.n_positions, vocab_size=hub.config.vocab_size, bias=True)
         # GPT-2 as published keeps the matrices of its blocks as (in, out), nn.Linear as (out, in)

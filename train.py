@@ -429,12 +429,13 @@ while True:
     if iter_num % log_interval == 0 and master:
         dt = seconds / timed
         seconds, timed = 0.0, 0
-        peak, peak_source = peak_flops(device, ptdtype)
+        # the first step warms up, and a CPU's peak has to be measured, so utilisation waits for the second line
+        peak, _ = peak_flops(device, ptdtype) if iter_num > first_iter else (None, "")
         mfu = raw_model.estimate_mfu(gradient_accumulation_steps * batch_size / world_size, dt, peak) if peak else None
         left = time.strftime("%H:%M:%S", time.gmtime((max_iters - iter_num - 1) * dt))
         say(
             f"iter {iter_num}: loss {step_loss:.4f}, time {dt * 1000:.2f}ms, "
-            f"mfu {f'{mfu * 100:.2f}%' if mfu else 'unknown'}, eta {left}, "
+            f"mfu {f'{mfu:.2%}' if mfu else 'unknown'}, eta {left}, "
             f"lr {lr:.2e}, norm {grad_norm:.2f}, {tokens_per_iter / dt:,.0f} tok/s",
             passing=True,
         )
