@@ -222,8 +222,8 @@ def keep_freed_memory():
     clear them page by page when the next step asks for them again: up to a quarter of the time of a step."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt:  # M_MMAP_THRESHOLD is -3 and M_TRIM_THRESHOLD -1 in malloc.h
-            mallopt(-3, 1 << 30)
+        # M_MMAP_THRESHOLD is -3 and M_TRIM_THRESHOLD -1 in malloc.h; before glibc 2.35 the first was 32 MiB at most
+        if mallopt and (mallopt(-3, 1 << 30) or mallopt(-3, 1 << 25)):
             mallopt(-1, 2**31 - 1)
 
 

@@ -15,6 +15,7 @@ Exit codes: 0 done, 1 the last checkpoint could not be written, 2 wrong usage, 3
 by SIGINT and SIGTERM.
 """
 
+import datetime
 import json
 import math
 import os
@@ -100,9 +101,9 @@ with usage_errors():
     elif init_from != "scratch" and not init_from.startswith("gpt2"):
         fail(f"init_from takes scratch, resume, auto, a GPT-2 size (gpt2-medium) or a path; there is no {init_from}")
 if resuming:
-    # settings that were not given are those that the run had; which machine it runs on is found anew
+    # settings that were not given are those that the run had; where it lies and what it runs on may have changed
     before = {k: v for k, v in checkpoint.get("config", {}).items() if k in config and type(v) is type(config[k])}
-    config.update({k: v for k, v in before.items() if k not in given | {"device", "backend", "init_from"}})
+    config.update({k: v for k, v in before.items() if k not in given | {"out_dir", "init_from", "device", "backend"}})
     globals().update(config)
 
 for name in ("eval_interval", "eval_iters", "log_interval", "batch_size", "block_size", "gradient_accumulation_steps"):
@@ -218,10 +219,11 @@ def get_batch(split, starts):
 
 @torch.no_grad()
 def estimate_loss():
-    """Mean loss in nats of each split over eval_iters * batch_size windows (all, where there are fewer) that lie evenly
-    and are the same each time; and bits per byte of the validation text, None where the tokenizer is not at hand."""
+    """Evaluate on eval_iters * batch_size windows of each split (all, where there are fewer) that are spread evenly and
+    are the same each time. Returns a record for log(): mean losses in nats per token; of val also the perplexity, and
+    the bits per byte of its text, None where the tokenizer is not at hand."""
     raw_model.eval()
-    losses = {}
+    record = {"iter": iter_num}
     for split, stream in tokens.items():
         starts = eval_windows(len(stream), block_size, eval_iters * batch_size)
         sums = torch.zeros(3, dtype=torch.float64)  # of losses, tokens, bytes
@@ -230,13 +232,16 @@ def estimate_loss():
             with autocast:
                 _, loss = raw_model(X, Y)
             sums += torch.tensor([loss.item() * Y.numel(), Y.numel(), byte_lengths[Y.cpu()].sum().item()])
-        if ddp:
-            sums = sums.to(device, torch.float32 if device_type == "mps" else torch.float64)
+        if ddp:  # each process had its share
+            sums = sums.to(device)
             dist.all_reduce(sums)
         total, count, n_bytes = sums.tolist()
-        losses[split] = total / count
+        record[f"{split}/loss"] = total / count
+        if split == "val":
+            record["val/perplexity"] = math.exp(min(total / count, 700))
+            record["val/bits_per_byte"] = total / math.log(2) / n_bytes if n_bytes else None
     raw_model.train()
-    return losses, total / math.log(2) / n_bytes if n_bytes else None
+    return record
 
 
 byte_lengths = torch.zeros(raw_model.config.vocab_size, dtype=torch.int64)  # of text that each token stands for
@@ -333,18 +338,19 @@ if master and not eval_only:
             fail("wandb_log needs wandb: pip install wandb, or --wandb_log=False")
         wandb.init(project=wandb_project, name=wandb_run_name, config=config)
 
-stop = 0  # the signal that asked for the end
+asked = 0  # the signal that asked this process to stop
 
 
 def on_signal(number, _):
-    global stop
-    if stop:
+    global asked
+    if asked:
         os._exit(128 + number)
-    stop = number
+    asked = number
 
 
-signal.signal(signal.SIGINT, on_signal)
-signal.signal(signal.SIGTERM, on_signal)
+if not eval_only:
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
 
 say(device_line + (f", {world_size} processes" if ddp else ""))
 say(f"{data.folder}: {len(tokens['train']):,} tokens to train on, {len(tokens['val']):,} to validate")
@@ -359,7 +365,7 @@ say(
 model.train()
 first_iter, saved_iter = iter_num, iter_num
 seconds, timed = 0.0, 0  # of the steps since the last log line
-exit_code = 0
+stop, exit_code = 0, 0
 while True:
     # once in a while: save, evaluate, end
     done = iter_num >= max_iters
@@ -367,18 +373,16 @@ while True:
     due = always_save_checkpoint and evaluating or save_interval and iter_num % save_interval == 0
     if (due or done or stop) and iter_num > saved_iter and save(LATEST):
         saved_iter = iter_num
-    if stop and not eval_only:
+    if stop:
         break
     if evaluating:
-        losses, bits_per_byte = estimate_loss()
-        perplexity = math.exp(min(losses["val"], 700))
-        line = f"step {iter_num}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
-        more = f", {bits_per_byte:.4f} bits per byte" if bits_per_byte else ""
-        say(f"{line}, perplexity {perplexity:.2f}{more}")
-        record = {"iter": iter_num, "train/loss": losses["train"], "val/loss": losses["val"]}
-        log({**record, "val/perplexity": perplexity, "val/bits_per_byte": bits_per_byte})
-        if losses["val"] < best_val_loss and not eval_only:
-            best_val_loss = losses["val"]
+        record = estimate_loss()
+        log(record)
+        train_loss, val_loss, perplexity, bits = (record[k] for k in record if k != "iter")
+        line = f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity {perplexity:.2f}"
+        say(line + (f", {bits:.4f} bits per byte" if bits else ""))
+        if val_loss < best_val_loss and not eval_only:
+            best_val_loss = val_loss
             if iter_num > 0:
                 save(BEST)
             if iter_num > saved_iter and save(LATEST):
@@ -391,7 +395,7 @@ while True:
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    stats = torch.zeros(2, device=device)  # mean loss over this process's micro-batches, whether to stop
+    stats = torch.zeros(2, device=device)  # mean loss over this process's micro-batches, whether it was asked to stop
     for micro_step in range(gradient_accumulation_steps // world_size):
         piece = micro_step * world_size + rank  # of the gradient_accumulation_steps micro-batches of this step
         # batch and dropout depend on the seed, the step and the piece alone: a resumed run repeats them
@@ -407,11 +411,11 @@ while True:
         stats[0] += loss.detach()
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
-    stats[1] = stop
+    stats[1] = asked
     if ddp:  # all processes see the same loss, and stop at the same step
         dist.all_reduce(stats)
         stats[0] /= world_size
-    step_loss, stop = stats[0].item(), stop or int(stats[1].item())
+    step_loss, stop = stats.tolist()
     # float16 gradients overflow now and then: the scaler skips such steps and scales less
     if not math.isfinite(step_loss) or not math.isfinite(grad_norm) and dtype != "float16":
         say(
@@ -432,7 +436,7 @@ while True:
         # the first step warms up, and a CPU's peak has to be measured, so utilisation waits for the second line
         peak, _ = peak_flops(device, ptdtype) if iter_num > first_iter else (None, "")
         mfu = raw_model.estimate_mfu(gradient_accumulation_steps * batch_size / world_size, dt, peak) if peak else None
-        left = time.strftime("%H:%M:%S", time.gmtime((max_iters - iter_num - 1) * dt))
+        left = datetime.timedelta(seconds=round((max_iters - iter_num - 1) * dt))
         say(
             f"iter {iter_num}: loss {step_loss:.4f}, time {dt * 1000:.2f}ms, "
             f"mfu {f'{mfu:.2%}' if mfu else 'unknown'}, eta {left}, "
@@ -449,7 +453,7 @@ while True:
 # the end
 
 if stop:
-    exit_code = 128 + stop
+    exit_code = 128 + (asked or signal.SIGTERM)  # where another process was asked, this one goes along
     say(f"stopped at step {iter_num}; to carry on: python train.py --init_from=resume --out_dir={out_dir}")
 elif exit_code == 0 and not eval_only:
     say(f"done: {iter_num} steps, best validation loss {best_val_loss:.4f}; python sample.py --out_dir={out_dir}")
