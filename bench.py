@@ -59,8 +59,6 @@ for name in ("batch_size", "decode_batch"):
 device, dtype, device_line = pick_device(device, dtype)
 device_type, ptdtype = device.split(":")[0], getattr(torch, dtype)
 print(device_line)
-if device_type == "cuda":
-    torch.set_float32_matmul_precision("high")  # TF32
 torch.manual_seed(seed)
 vocab_size, tokens = GPTConfig.vocab_size, None
 if real_data:
@@ -196,7 +194,11 @@ if profile:
         for i in range(5):
             step["plainGPT"](i)
     print(
-        profiler.key_averages().table(sort_by=f"self_{device_type}_time_total", row_limit=20, max_name_column_width=50)
+        profiler.key_averages().table(
+            sort_by=f"self_{'cuda' if device_type == 'cuda' else 'cpu'}_time_total",
+            row_limit=20,
+            max_name_column_width=50,
+        )
     )
     profiler.export_chrome_trace(os.path.join("bench_log", "trace.json"))
     print("trace of five steps: bench_log/trace.json")

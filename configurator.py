@@ -39,11 +39,11 @@ def usage_errors():
 
 def configure(script):
     """Override a script's settings, given as its globals(), from sys.argv. Returns all of them as a dict, and the set
-    of the names that a file or a flag gave.
+    of the names that a file or a flag gave. From here on Ctrl-C exits with 130 and without a traceback.
 
     A setting is a global with a lower-case name, no leading underscore, and an int, float, bool or str as its value.
     """
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # Ctrl-C is no error to trace back
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     settings = {k: v for k, v in script.items() if k[0] != "_" and k.islower() and type(v) in (int, float, bool, str)}
     defaults, given, args = dict(settings), set(), sys.argv[1:]
     if {"--help", "-h"} & set(args):
@@ -116,7 +116,6 @@ def read_config(path, namespace, defaults):
         with open(path, encoding="utf-8") as f:
             source = f.read()
         tree = ast.parse(source, path)
-        before = dict(namespace)
         exec(compile(tree, path, "exec"), namespace)
     except OSError:
         near = difflib.get_close_matches(path, glob.glob("config/*.py"), n=1, cutoff=0.3)
@@ -124,18 +123,19 @@ def read_config(path, namespace, defaults):
     except Exception as e:  # a config file can fail in any way that Python can
         fail(f"{path}: {type(e).__name__}: {e}")
     read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    targets = [node.targets for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    targets += [[node.target] for node in ast.walk(tree) if isinstance(node, ast.AugAssign | ast.AnnAssign)]
+    names = {node.id for target in targets for part in target for node in ast.walk(part) if isinstance(node, ast.Name)}
+    assigned = names & set(namespace)  # without the local variables of functions
     elsewhere = setting_lines(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
-    found = {}
-    for key, value in namespace.items():
-        if key in before and value is before[key] or key.startswith("_"):
+    found = {key: check(key, namespace[key], defaults[key], path) for key in sorted(assigned & set(defaults))}
+    for key in sorted(assigned - set(defaults) - set(elsewhere)):
+        if key.startswith("_"):
             continue
-        if key in defaults:
-            found[key] = check(key, value, defaults[key], path)
-        elif type(value) in (int, float, bool, str) and key not in elsewhere:
-            if key not in read:
-                fail(f"{path}: {unknown(key, defaults)}")
-            if near := difflib.get_close_matches(key, defaults, n=1, cutoff=0.8):
-                print(f"{path}: {key} is no setting ({near[0]} is), so it counts for this file alone", file=sys.stderr)
+        if key not in read:
+            fail(f"{path}: {unknown(key, defaults)}")
+        if near := difflib.get_close_matches(key, defaults, n=1, cutoff=0.8):
+            print(f"{path}: {key} is no setting ({near[0]} is), so it counts for this file alone", file=sys.stderr)
     return found
 
 
@@ -172,7 +172,8 @@ def print_help(script):
 
 
 def pick_device(device="auto", dtype="auto"):
-    """Resolve 'auto' to what this machine does best; returns (device, dtype, what was chosen and why, in a line).
+    """Resolve 'auto' to what this machine does best, and set PyTorch up for it; returns (device, dtype, what was
+    chosen and why, in a line).
 
     device: cuda, cuda:1 ..., mps or cpu. dtype: float32, bfloat16 or float16, the type that matrix products are
     computed in. Exits with one line for a device that is not here or a name that is none.
@@ -187,8 +188,12 @@ def pick_device(device="auto", dtype="auto"):
     if kind == "cuda":
         if not torch.cuda.is_available():
             fail(f"no CUDA GPU is usable from this PyTorch ({torch.__version__}): try --device=auto")
-        if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        index = int(device.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
             fail(f"no {device} here: PyTorch sees {torch.cuda.device_count()} GPU(s), cuda:0 being the first")
+        device = f"cuda:{index}"
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         best, why = ("bfloat16", "native") if native else ("float16", "no bfloat16 before Ampere; loss is scaled")
         name = torch.cuda.get_device_name(device)

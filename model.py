@@ -21,7 +21,7 @@ import re
 import sys
 import time
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -41,12 +41,12 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    bias: bool = True  # biases in Linear and LayerNorm, as GPT-2 has them; False is a bit better and faster
+    bias: bool = True  # whether Linear and LayerNorm have biases, as GPT-2's do
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
@@ -93,7 +93,8 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         plain_float32 = x.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if _onednn_linear and x.is_cpu and plain_float32 and not torch.is_grad_enabled():
+        inference = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if _onednn_linear and x.is_cpu and plain_float32 and inference:
             return _onednn_linear(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
 
@@ -278,12 +279,12 @@ class GPT(nn.Module):
 
         ValueError names every weight that is missing, unknown or of another shape.
         """
-        unknown = set(checkpoint["model_args"]) - set(asdict(GPTConfig()))
+        unknown = set(checkpoint["model_args"]) - {field.name for field in fields(GPTConfig)}
         if unknown:
             raise ValueError(f"the checkpoint's model has settings unknown here: {', '.join(sorted(unknown))}")
         with torch.device("meta"):  # no memory and no time for weights that are replaced at once
             model = cls(GPTConfig(**{**checkpoint["model_args"], **override}))
-        # torch.compile and DDP once left prefixes, and models before fused attention their masks
+        # checkpoints from elsewhere may carry the prefixes of torch.compile and DDP, and attention masks
         weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
         weights = {k: v.float() for k, v in weights.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
         shapes, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (weights, model.state_dict()))
@@ -299,7 +300,8 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, name, override_args=None):
         """GPT-2 from the Hugging Face Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or from a local folder of that
-        format. override_args may hold dropout. OSError when it is not to be had."""
+        format. override_args may hold dropout. OSError when it is not to be had. GELU is exact here, as in nanoGPT;
+        OpenAI's own model has its tanh approximation, which gives slightly other logits."""
         from transformers import GPT2LMHeadModel
 
         try:
@@ -326,7 +328,7 @@ class GPT(nn.Module):
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
-        fused = device_type in ("cuda", "cpu", "mps")
+        fused = device_type in ("cuda", "cpu")  # on mps it would apply the steps that loss scaling wants skipped
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
     def flops_per_token(self):
@@ -386,13 +388,34 @@ def read_checkpoint(path):
                 raise ValueError(f"the checksum of {part} is wrong")
             f.seek(0)
             checkpoint = torch.load(f, map_location="cpu", weights_only=True)
-            missing = {"model", "model_args"} - set(checkpoint)
-            if missing:
-                raise ValueError(f"it has no {' and no '.join(sorted(missing))}")
+            for part in ("model", "model_args"):
+                if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(part), dict):
+                    raise ValueError(f"it has no {part}")
+            if not all(isinstance(v, torch.Tensor) for v in checkpoint["model"].values()):
+                raise ValueError("its model is not made of tensors")
+            kinds = {"config": dict, "optimizer": dict, "tokenizer": (dict, type(None))}
+            kinds |= {"iter_num": int, "best_val_loss": (int, float, torch.Tensor), "scaler": dict}
+            for part, kind in kinds.items():
+                if part in checkpoint and not isinstance(checkpoint[part], kind):
+                    raise ValueError(f"its {part} is a {type(checkpoint[part]).__name__}")
             return checkpoint
         except Exception as e:  # what a damaged file raises depends on where it is damaged
             reason = str(e).strip().split("\n")[0].split(". ")[0][:120]
             raise ValueError(f"{path} is damaged or is not a checkpoint ({reason})") from None
+
+
+def find_checkpoint(init_from, names, out_dir):
+    """What init_from means: (checkpoint, file name). 'resume' is out_dir; a folder stands for the first readable of
+    `names` in it; a file is read; a GPT-2 size has none: (None, None). OSError and ValueError as below."""
+    if init_from == "resume" or os.path.isdir(init_from):
+        return load_checkpoint(out_dir if init_from == "resume" else init_from, names)
+    if os.path.exists(init_from) or init_from.endswith(".pt"):
+        return read_checkpoint(init_from), init_from
+    if init_from.startswith("gpt2"):
+        return None, None
+    raise ValueError(
+        f"init_from takes resume, a GPT-2 size (gpt2-medium), a checkpoint or its folder, not {init_from!r}"
+    )
 
 
 def load_checkpoint(folder, names=(LATEST, PREVIOUS)):
@@ -429,20 +452,19 @@ def peak_flops(device, dtype):
     """(FLOP/s, where the figure comes from): data sheet for a GPU, measured for a CPU, (None, why) if unknown."""
     device = torch.device(device)
     if device.type == "cpu":
-        a = torch.ones(2048, 2048, dtype=dtype)
-        times = [time.perf_counter()]
-        for _ in range(6):
+        a, times = torch.ones(1024, 1024, dtype=dtype), []
+        for _ in range(10):
+            start = time.perf_counter()
             a @ a
-            times.append(time.perf_counter())
-        best = min(end - start for start, end in zip(times, times[1:], strict=False))
-        return 2 * 2048**3 / best, f"measured, {str(dtype)[6:]} product of 2048 x 2048 matrices"
+            times.append(time.perf_counter() - start)
+        return 2 * 1024**3 / min(times), f"measured, {str(dtype)[6:]} product of 1024 x 1024 matrices"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         words = re.findall(r"[A-Z0-9]+", name.upper())
         rate = next((tflops for key, tflops in GPU_TFLOPS.items() if all(w in words for w in key.split())), None)
-        if rate and dtype != torch.float32:
-            return rate * 1e12, f"data sheet of {name}"
-        if rate and torch.cuda.get_device_capability(device) >= (8, 0):
-            return rate / 2 * 1e12, f"data sheet of {name}, TF32"
+        since_ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        if rate and "LAPTOP" not in words and (since_ampere or dtype == torch.float16):
+            tf32 = dtype == torch.float32
+            return rate * 1e12 / (2 if tf32 else 1), f"data sheet of {name}" + (", TF32" if tf32 else "")
         return None, f"peak of {name} in {str(dtype)[6:]} unknown"
     return None, f"peak of {device.type} unknown"

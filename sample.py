@@ -22,7 +22,7 @@ import torch
 from configurator import can_compile, configure, fail, pick_device, usage_errors
 from data.shards import read_meta
 from data.tokenizer import from_description
-from model import BEST, GPT, LATEST, PREVIOUS, load_checkpoint, read_checkpoint
+from model import BEST, GPT, LATEST, PREVIOUS, find_checkpoint
 
 # -----------------------------------------------------------------------------
 init_from = "resume"  # resume (the best checkpoint in out_dir, or the latest), gpt2*, a checkpoint or its folder
@@ -54,17 +54,12 @@ print(device_line, file=sys.stderr)
 
 # model
 with usage_errors():
-    names = (BEST, LATEST, PREVIOUS)
-    if init_from == "resume" or os.path.isdir(init_from):
-        checkpoint, name = load_checkpoint(out_dir if init_from == "resume" else init_from, names)
+    checkpoint, name = find_checkpoint(init_from, (BEST, LATEST, PREVIOUS), out_dir)
+    if checkpoint:
+        model = GPT.from_checkpoint(checkpoint, dropout=0.0)
         print(f"{name}: step {checkpoint.get('iter_num', 'unknown')}", file=sys.stderr)
-    elif os.path.exists(init_from):
-        checkpoint = read_checkpoint(init_from)
-    elif init_from.startswith("gpt2"):
-        checkpoint = {}
     else:
-        fail(f"init_from takes resume, a GPT-2 size such as gpt2-medium, or a path; there is no {init_from}")
-    model = GPT.from_checkpoint(checkpoint, dropout=0.0) if checkpoint else GPT.from_pretrained(init_from)
+        checkpoint, model = {}, GPT.from_pretrained(init_from)
     slide = min(slide, model.config.block_size)
 
     # nanoGPT's checkpoints bring no tokenizer: it is that of their dataset, or GPT-2's
@@ -87,8 +82,6 @@ with usage_errors():
         fail(f"stop must be one token, but {stop!r} is {len(stop_ids)}")
 
 model.eval().to(device, getattr(torch, dtype))
-if device.startswith("cuda"):
-    torch.set_float32_matmul_precision("high")  # TF32
 if compile and can_compile(device):
     model.compile(dynamic=True)
 generator = torch.Generator(device).manual_seed(seed)

@@ -1,5 +1,6 @@
 """
-Train a GPT on a prepared dataset, from scratch, from GPT-2 or from any checkpoint.
+Train a GPT on a prepared dataset, from scratch, from GPT-2 or from any checkpoint. The default settings are those of a
+GPT-2 of 124M parameters on OpenWebText.
 
     python train.py config/train_shakespeare_char.py                       one process: GPU, Mac or CPU, found by itself
     python train.py config/train_shakespeare_char.py --batch_size=32       any setting below can be overridden
@@ -15,6 +16,7 @@ Exit codes: 0 done, 1 the last checkpoint could not be written, 2 wrong usage, 3
 by SIGINT and SIGTERM.
 """
 
+import dataclasses
 import datetime
 import json
 import math
@@ -32,10 +34,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import can_compile, configure, fail, pick_device, usage_errors
 from data.shards import Dataset, eval_windows, train_windows
 from data.tokenizer import from_description
-from model import BEST, GPT, LATEST, PREVIOUS, GPTConfig, load_checkpoint, peak_flops, read_checkpoint, save_checkpoint
+from model import BEST, GPT, LATEST, PREVIOUS, GPTConfig, find_checkpoint, peak_flops, save_checkpoint
 
 # -----------------------------------------------------------------------------
-# the defaults train a GPT-2 (124M) on OpenWebText
 # input and output
 out_dir = "out"
 eval_interval = 2000  # steps from evaluation to evaluation
@@ -43,12 +44,10 @@ eval_iters = 200  # batches of each split that an evaluation looks at, the same 
 eval_only = False  # evaluate once and exit
 log_interval = 1  # steps from log line to log line
 always_save_checkpoint = True  # save ckpt.pt at every evaluation; False: only when the validation loss is a new best
-save_interval = 0  # steps from save to save besides; 0: none
-init_from = (
-    "scratch"  # scratch, resume (out_dir), auto (resume if there is a checkpoint), gpt2*, a checkpoint or folder
-)
-# wandb
-wandb_log = False
+save_interval = 0  # save ckpt.pt every so many steps as well; 0: only as above
+init_from = "scratch"  # scratch, resume, auto (resume if possible), gpt2*, a checkpoint or its folder
+# Weights & Biases
+wandb_log = False  # log there as well as in metrics.jsonl
 wandb_project = "owt"
 wandb_run_name = "gpt2"
 # data
@@ -60,22 +59,22 @@ block_size = 1024  # tokens in a sequence
 n_layer = 12
 n_head = 12
 n_embd = 768
-dropout = 0.0  # 0 for pretraining; for finetuning try 0.1 and more
-bias = False  # biases in LayerNorm and Linear layers
+dropout = 0.0  # against overfitting on small data: 0.1 to 0.3
+bias = False  # whether LayerNorm and Linear layers have biases
 # AdamW
-learning_rate = 6e-4  # the highest
+learning_rate = 6e-4  # peak, after the warmup
 max_iters = 600000  # steps in all
 weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
-grad_clip = 1.0  # longest gradient; 0.0: no limit
+grad_clip = 1.0  # scale gradients down to this norm; 0.0: never
 # learning rate schedule
 decay_lr = True  # False: learning_rate throughout, without warmup
 lr_schedule = "cosine"  # after the warmup: cosine, linear, constant or wsd (constant, then linear in the last part)
 warmup_iters = 2000
 lr_decay_iters = 600000  # step at which min_lr is reached
 min_lr = 6e-5
-wsd_decay_frac = 0.2  # wsd: the part of lr_decay_iters that decays
+wsd_decay_frac = 0.2  # wsd: share of lr_decay_iters that decays
 # system
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16 (with loss scaling)
@@ -87,24 +86,19 @@ deterministic = False  # on GPUs: only algorithms that repeat bit for bit, slowe
 config, given = configure(globals())
 
 if init_from == "auto":
-    there = [name for name in (LATEST, PREVIOUS) if os.path.exists(os.path.join(out_dir, name))]
+    there = any(os.path.exists(os.path.join(out_dir, name)) for name in (LATEST, PREVIOUS))
     init_from = "resume" if there else "scratch"
 resuming = init_from == "resume"
 checkpoint = None
-with usage_errors():
-    if resuming:
-        checkpoint, resumed_from = load_checkpoint(out_dir)
-    elif os.path.isdir(init_from):
-        checkpoint, _ = load_checkpoint(init_from, (BEST, LATEST, PREVIOUS))
-    elif os.path.exists(init_from) or init_from.endswith(".pt"):
-        checkpoint = read_checkpoint(init_from)
-    elif init_from != "scratch" and not init_from.startswith("gpt2"):
-        fail(f"init_from takes scratch, resume, auto, a GPT-2 size (gpt2-medium) or a path; there is no {init_from}")
+if init_from != "scratch":
+    with usage_errors():
+        names = (LATEST, PREVIOUS) if resuming else (BEST, LATEST, PREVIOUS)
+        checkpoint, checkpoint_name = find_checkpoint(init_from, names, out_dir)
 if resuming:
     # settings that were not given are those that the run had; where it lies and what it runs on may have changed
     before = {k: v for k, v in checkpoint.get("config", {}).items() if k in config and type(v) is type(config[k])}
     config.update({k: v for k, v in before.items() if k not in given | {"out_dir", "init_from", "device", "backend"}})
-    globals().update(config)
+    globals().update(config, init_from=init_from)
 
 for name in ("eval_interval", "eval_iters", "log_interval", "batch_size", "block_size", "gradient_accumulation_steps"):
     if config[name] < 1:
@@ -112,6 +106,9 @@ for name in ("eval_interval", "eval_iters", "log_interval", "batch_size", "block
 for name in ("save_interval", "max_iters", "warmup_iters", "learning_rate", "weight_decay", "grad_clip", "seed"):
     if config[name] < 0:
         fail(f"{name} must not be negative, but is {config[name]}")
+for name in ("beta1", "beta2", "wsd_decay_frac"):
+    if not 0 < config[name] < 1:
+        fail(f"{name} must lie between 0 and 1, but is {config[name]}")
 if lr_schedule not in ("cosine", "linear", "constant", "wsd"):
     fail(f"lr_schedule takes cosine, linear, constant or wsd, not {lr_schedule!r}")
 
@@ -120,8 +117,8 @@ ddp = "RANK" in os.environ
 rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 world_size = int(os.environ.get("WORLD_SIZE", 1))
 master = rank == 0  # the process that writes and prints
-if ddp and device in ("auto", "cuda") and torch.cuda.is_available():
-    device = f"cuda:{local_rank}"
+if ddp and device in ("auto", "cuda"):
+    device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
 device, dtype, device_line = pick_device(device, dtype)
 device_type = device.split(":")[0]
 ptdtype = getattr(torch, dtype)
@@ -130,11 +127,10 @@ if gradient_accumulation_steps % world_size:
         f"gradient_accumulation_steps={gradient_accumulation_steps} is no multiple of the {world_size} processes: "
         f"try --gradient_accumulation_steps={math.ceil(gradient_accumulation_steps / world_size) * world_size}"
     )
-if device_type == "cuda":
-    torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")  # TF32
 if ddp:
-    dist.init_process_group({"cuda": "nccl"}.get(device_type, "gloo") if backend == "auto" else backend)
+    nccl = device_type == "cuda" and dist.is_nccl_available()
+    backend = ("nccl" if nccl else "gloo") if backend == "auto" else backend
+    dist.init_process_group(backend, device_id=torch.device(device) if backend == "nccl" else None)
 if deterministic:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -146,7 +142,7 @@ def say(line, passing=False):
     """Print a line. On a terminal the next line replaces a passing one."""
     if master and terminal:
         width = shutil.get_terminal_size().columns - 1
-        print("\r\x1b[K" + (line[:width] if passing else line), end="" if passing else "\n", flush=True)
+        print("\r" + (line[:width] if passing else line).ljust(width), end="" if passing else "\n", flush=True)
     elif master:
         print(line, flush=True)
 
@@ -166,41 +162,66 @@ with usage_errors():
         model = GPT.from_checkpoint(checkpoint, dropout=dropout)
     else:
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
+    for name in ("n_layer", "n_head", "n_embd", "bias"):
+        if name in given and config[name] != getattr(model.config, name):
+            fail(f"{name}={config[name]} was given, but the model of {init_from} has {getattr(model.config, name)}")
+        config[name] = getattr(model.config, name)
+    if "block_size" not in given:
+        config["block_size"] = block_size = model.config.block_size
     if block_size != model.config.block_size:
+        if resuming:
+            fail(f"block_size is {model.config.block_size} in this run; --init_from={out_dir} begins one with another")
         model.crop_block_size(block_size)
     for stream in tokens.values():
         stream.check(block_size, model.config.vocab_size)
-    # the tokenizer of a folder that does not name one is taken to be GPT-2's, unless its vocabulary says otherwise
-    tokenizer = data.tokenizer or (None if data.vocab_size else {"kind": "tiktoken", "name": "gpt2"})
-    if checkpoint and checkpoint.get("tokenizer") and tokenizer and checkpoint["tokenizer"] != tokenizer:
+
+    # where nothing names the tokenizer, a vocabulary of unknown size is taken to be GPT-2's
+    gpt2 = {"kind": "tiktoken", "name": "gpt2"}
+    had = checkpoint.get("tokenizer") if checkpoint else gpt2 if init_from.startswith("gpt2") else None
+    tokenizer = data.tokenizer or had or (None if data.vocab_size else gpt2)
+    if had and had != tokenizer:
         fail(f"the model was trained with another tokenizer than {data.folder} has: its token ids mean other text")
+    model.to(device)
+    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+
+byte_lengths = torch.zeros(model.config.vocab_size, dtype=torch.int64)  # of the text that each token stands for
+if tokenizer:
+    try:
+        known = torch.from_numpy(from_description(tokenizer).byte_lengths()[: len(byte_lengths)])
+        byte_lengths[: len(known)] = known
+    except ValueError as e:
+        say(f"no bits per byte: {e}")
 
 iter_num, best_val_loss = 0, 1e9
+scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 if resuming:
-    iter_num, best_val_loss = int(checkpoint["iter_num"]), float(checkpoint["best_val_loss"])
-    say(f"resuming from {os.path.join(out_dir, resumed_from)} at step {iter_num}")
+    iter_num, best_val_loss = checkpoint.get("iter_num", 0), float(checkpoint.get("best_val_loss", 1e9))
+    say(f"resuming from {os.path.join(out_dir, checkpoint_name)} at step {iter_num}")
     changed = {k for k in given & set(before) if before[k] != config[k]} - {"init_from", "out_dir", "device"}
     if changed:
         say("changed since then: " + ", ".join(f"{k} {before[k]} -> {config[k]}" for k in sorted(changed)))
-model.to(device)
-optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
-scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-if resuming and "optimizer" in checkpoint:
-    # the state is the checkpoint's, learning rate, decay and betas are today's
-    groups = optimizer.state_dict()["param_groups"]
-    if [g["params"] for g in groups] != [g["params"] for g in checkpoint["optimizer"]["param_groups"]]:
-        fail(
-            f"the optimizer state in {resumed_from} is of another model; --init_from={out_dir} takes the weights alone"
-        )
-    optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
-    scaler.load_state_dict(checkpoint.get("scaler") or {})
-checkpoint = None  # free the memory
+    if "optimizer" in checkpoint:
+        # the state is the checkpoint's; learning rate, decay and betas are today's
+        groups = optimizer.state_dict()["param_groups"]
+        try:
+            same = [g["params"] for g in groups] == [g["params"] for g in checkpoint["optimizer"]["param_groups"]]
+            optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+            same = same and all(p.shape == state["exp_avg"].shape for p, state in optimizer.state.items())
+        except (KeyError, TypeError, ValueError, AttributeError):
+            same = False
+        if not same:
+            fail(f"the optimizer state of {checkpoint_name} is of another model; --init_from={out_dir} leaves it out")
+    else:
+        say("the checkpoint has no optimizer state: AdamW begins anew")
+    if checkpoint.get("scaler"):
+        scaler.load_state_dict(checkpoint["scaler"])
+checkpoint = None  # its memory is needed
 
 raw_model = model
 if compile and can_compile(device):
-    model.compile()
+    model.compile(dynamic=False)  # a short last batch of an evaluation gets a graph of its own
 if ddp:
-    model = DDP(model, device_ids=[local_rank] if device_type == "cuda" else None)
+    model = DDP(model, device_ids=[torch.device(device).index] if device_type == "cuda" else None)
 autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32")
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
@@ -244,14 +265,6 @@ def estimate_loss():
     return record
 
 
-byte_lengths = torch.zeros(raw_model.config.vocab_size, dtype=torch.int64)  # of text that each token stands for
-try:
-    known = torch.from_numpy(from_description(tokenizer).byte_lengths()[: len(byte_lengths)])
-    byte_lengths[: len(known)] = known
-except ValueError as e:
-    say(f"no bits per byte: {e}")
-
-
 def get_lr(it):
     """Learning rate of step it."""
     if not decay_lr:
@@ -260,9 +273,11 @@ def get_lr(it):
         return learning_rate * (it + 1) / (warmup_iters + 1)
     if lr_schedule == "constant":
         return learning_rate
-    begin = warmup_iters if lr_schedule != "wsd" else max(warmup_iters, lr_decay_iters * (1 - wsd_decay_frac))
     if it >= lr_decay_iters:
         return min_lr
+    begin = warmup_iters
+    if lr_schedule == "wsd":
+        begin = max(begin, lr_decay_iters * (1 - wsd_decay_frac))
     ratio = max(0.0, (it - begin) / (lr_decay_iters - begin))  # of the decay that is done
     if lr_schedule == "cosine":
         ratio = 0.5 * (1.0 - math.cos(math.pi * ratio))
@@ -281,7 +296,7 @@ def save(name):
         return True
     state = {
         "model": raw_model.state_dict(),
-        "model_args": {k: getattr(raw_model.config, k) for k in GPTConfig.__dataclass_fields__},
+        "model_args": dataclasses.asdict(raw_model.config),
         "iter_num": iter_num,
         "best_val_loss": best_val_loss,
         "config": config,
@@ -315,7 +330,7 @@ if master and not eval_only:
     with usage_errors():
         os.makedirs(out_dir, exist_ok=True)
         if resuming:
-            if resumed_from != LATEST and os.path.exists(os.path.join(out_dir, LATEST)):  # it is damaged
+            if checkpoint_name != LATEST and os.path.exists(os.path.join(out_dir, LATEST)):  # it is damaged
                 os.replace(os.path.join(out_dir, LATEST), os.path.join(out_dir, LATEST + ".damaged"))
             # steps from iter_num on will be logged again; the last line may have been cut off
             if os.path.exists(metrics_path):
@@ -324,13 +339,15 @@ if master and not eval_only:
                 with open(metrics_path + ".tmp", "w", encoding="utf-8") as f:
                     f.writelines(kept)
                 os.replace(metrics_path + ".tmp", metrics_path)
-        elif os.path.exists(os.path.join(out_dir, LATEST)):
+        elif any(os.path.exists(os.path.join(out_dir, name)) for name in (LATEST, PREVIOUS, BEST)):
             aside = os.path.join(out_dir, "previous")
             os.makedirs(aside, exist_ok=True)
             for name in (LATEST, PREVIOUS, BEST, "metrics.jsonl"):
                 if os.path.exists(os.path.join(out_dir, name)):
                     os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
             say(f"{out_dir} held an earlier run: moved to {aside}")
+        elif os.path.exists(metrics_path):  # of a run that ended before its first save
+            os.remove(metrics_path)
     if wandb_log:
         try:
             import wandb
@@ -378,14 +395,16 @@ while True:
     if evaluating:
         record = estimate_loss()
         log(record)
-        train_loss, val_loss, perplexity, bits = (record[k] for k in record if k != "iter")
-        line = f"step {iter_num}: train loss {train_loss:.4f}, val loss {val_loss:.4f}, perplexity {perplexity:.2f}"
-        say(line + (f", {bits:.4f} bits per byte" if bits else ""))
-        if val_loss < best_val_loss and not eval_only:
-            best_val_loss = val_loss
-            if iter_num > 0:
-                save(BEST)
-            if iter_num > saved_iter and save(LATEST):
+        bits = record["val/bits_per_byte"]
+        say(
+            f"step {iter_num}: train loss {record['train/loss']:.4f}, val loss {record['val/loss']:.4f}, "
+            f"perplexity {record['val/perplexity']:.2f}" + (f", {bits:.4f} bits per byte" if bits else "")
+        )
+        if record["val/loss"] < best_val_loss and not eval_only:
+            worse, best_val_loss = best_val_loss, record["val/loss"]
+            if iter_num > 0 and not save(BEST):
+                best_val_loss = worse  # a later evaluation tries again
+            elif (iter_num > saved_iter or done and iter_num > 0) and save(LATEST):  # at the end for best_val_loss
                 saved_iter = iter_num
     if done or eval_only:
         break
@@ -417,7 +436,8 @@ while True:
         stats[0] /= world_size
     step_loss, stop = stats.tolist()
     # float16 gradients overflow now and then: the scaler skips such steps and scales less
-    if not math.isfinite(step_loss) or not math.isfinite(grad_norm) and dtype != "float16":
+    overflow = dtype == "float16" and scaler.get_scale() >= 1
+    if not math.isfinite(step_loss) or not math.isfinite(grad_norm) and not overflow:
         say(
             f"step {iter_num}: loss {step_loss}, gradient norm {grad_norm}: stopped before the weights were touched. "
             f"Resume from the last checkpoint with a lower --learning_rate, or try --dtype=float32"
@@ -444,7 +464,7 @@ while True:
             passing=True,
         )
         log({
-            "iter": iter_num, "loss": step_loss, "lr": lr, "grad_norm": grad_norm,
+            "iter": iter_num, "loss": step_loss, "lr": lr, "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "tokens_per_second": tokens_per_iter / dt, "mfu": mfu,
         })  # fmt: skip
     iter_num += 1
@@ -452,12 +472,13 @@ while True:
 # -----------------------------------------------------------------------------
 # the end
 
-if stop:
+if exit_code == 0 and stop:
     exit_code = 128 + (asked or signal.SIGTERM)  # where another process was asked, this one goes along
     say(f"stopped at step {iter_num}; to carry on: python train.py --init_from=resume --out_dir={out_dir}")
 elif exit_code == 0 and not eval_only:
     say(f"done: {iter_num} steps, best validation loss {best_val_loss:.4f}; python sample.py --out_dir={out_dir}")
 if exit_code != 3 and saved_iter < iter_num:
+    say(f"the state of step {iter_num} could not be saved")
     exit_code = 1
 if ddp:
     dist.barrier()  # a process that leaves while another still saves can bring it down

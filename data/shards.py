@@ -126,7 +126,7 @@ class Dataset:
             size, unit = os.path.getsize(path), self.dtype.itemsize
             if size == 0 or size % unit:
                 raise ValueError(
-                    f"{path} has {size} bytes, which is no number of {self.dtype.name} tokens; {self.remedy}"
+                    f"{path} has {size} bytes, which is no whole number of {self.dtype.name} tokens; {self.remedy}"
                 )
             stated = self.files and self.files.get(os.path.basename(path), {}).get("tokens")
             if stated is not None and stated != size // unit:
@@ -201,7 +201,7 @@ class Tokens:
                 f"use more text, or --block_size={max(1, len(self) - 1)} or less"
             )
         for path, shard in zip(self.paths, self.shards, strict=True):
-            largest = int(shard[: 1 << 24].max())
+            largest = int(shard[: 1 << 20].max())
             if largest >= vocab_size:
                 raise ValueError(
                     f"{path} has a token id {largest}, but the vocabulary ends at {vocab_size - 1}: "

@@ -98,9 +98,9 @@ class TiktokenTokenizer(Tokenizer):
 
 def from_description(description):
     """The tokenizer that a description stands for. ValueError for one that is not understood."""
-    kind = description.get("kind") if isinstance(description, dict) else None
-    if kind == "char":
-        return CharTokenizer(description["characters"])
-    if kind == "tiktoken":
-        return TiktokenTokenizer(description["name"])
-    raise ValueError(f"unknown kind of tokenizer: {kind!r}")
+    kinds = {"char": (CharTokenizer, "characters"), "tiktoken": (TiktokenTokenizer, "name")}
+    if isinstance(description, dict) and description.get("kind") in kinds:
+        tokenizer, field = kinds[description["kind"]]
+        if isinstance(description.get(field), str):
+            return tokenizer(description[field])
+    raise ValueError(f"this describes no tokenizer known here: {str(description)[:80]}")

@@ -48,15 +48,15 @@ def tiny_run(tiny, tmp_path):
 
 @pytest.fixture
 def script(capsys, monkeypatch):
-    """script("train.py", "--flag=value", ...) runs it in this process: a namespace of code, out, err and globals."""
+    """script("train.py", "--flag=value", ...) runs it in this process: a namespace of code, out and err."""
 
-    def run(name, *args, stdin=None):
+    def run(name, *args):
         monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         capsys.readouterr()
-        code, variables = 0, {}
+        code = 0
         try:
-            variables = runpy.run_path(str(ROOT / name), run_name="__main__")
+            runpy.run_path(str(ROOT / name), run_name="__main__")
         except SystemExit as e:
             code = e.code or 0
         finally:
@@ -64,7 +64,7 @@ def script(capsys, monkeypatch):
                 signal.signal(number, handler)
             torch.set_grad_enabled(True)
         out, err = capsys.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err, globals=variables)
+        return SimpleNamespace(code=code, out=out, err=err)
 
     return run
 

@@ -69,7 +69,7 @@ def test_a_vocabulary_that_cannot_be_loaded_is_reported(monkeypatch):
         from_description({"kind": "tiktoken", "name": "gpt2"})
     with pytest.raises(ValueError, match="no encoding gpt7"):
         from_description({"kind": "tiktoken", "name": "gpt7"})
-    with pytest.raises(ValueError, match="kind of tokenizer"):
+    with pytest.raises(ValueError, match="describes no tokenizer"):
         from_description({"kind": "morse"})
 
 

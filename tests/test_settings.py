@@ -126,8 +126,13 @@ def test_help_lists_every_setting_with_its_comment(script, name):
     result = script(name, "--help")
     assert result.code == 0 and ast.get_docstring(ast.parse((ROOT / name).read_text())) in result.out
     for key, (_, default) in settings_of(name).items():
-        assert f"--{key}={default}" in result.out
-    assert "of the weights" in result.out if name == "train.py" else True
+        assert f"  --{key}={default}" in result.out
+    source = (ROOT / name).read_text().splitlines()
+    for number, _ in settings_of(name).values():
+        _, _, comment = source[number - 1].partition("  # ")
+        line = next(line for line in result.out.splitlines() if f"--{source[number - 1].split()[0]}=" in line)
+        assert line.endswith(comment)
+    assert len([n for n, _ in settings_of(name).values() if "  # " in source[n - 1]]) > 10
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -46,6 +46,8 @@ if __name__ == "__main__":
         try:
             download(URL, path)
         except OSError as e:
+            if os.path.exists(path + ".tmp"):
+                os.remove(path + ".tmp")
             sys.exit(f"error: cannot download ({e}): fetch {URL} elsewhere and save it as {path}")
     with open(path, "rb") as f:
         raw = f.read()
@@ -57,6 +59,8 @@ if __name__ == "__main__":
         text = raw.decode("utf-8")
     except UnicodeDecodeError as e:
         sys.exit(f"error: {path} is not UTF-8 text ({e})")
+    if len(text) < 2:
+        sys.exit(f"error: {path} is empty: delete it to download the text")
     tokenizer = CharTokenizer(sorted(set(text)))
     print(f"{len(text):,} characters, {tokenizer.vocab_size} different ones")
     with DatasetWriter(here, tokenizer, source=URL) as out:
