@@ -351,9 +351,9 @@ class GPT(nn.Module):
 LATEST, PREVIOUS, BEST = "ckpt.pt", "ckpt_prev.pt", "ckpt_best.pt"
 
 
-def save_checkpoint(checkpoint, folder, name=LATEST):
+def save_checkpoint(checkpoint, folder, name=LATEST, keep_previous=True):
     """Write a checkpoint (a dict of tensors and builtin types) as folder/name, whole or not at all: a kill, a power
-    cut or a full disk at any byte leaves the one that stood there. The latest becomes the previous.
+    cut or a full disk at any byte leaves the one that stood there. The latest then is the previous, if that is kept.
 
     OSError or RuntimeError when it cannot be written.
     """
@@ -368,7 +368,7 @@ def save_checkpoint(checkpoint, folder, name=LATEST):
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
-    if name == LATEST and os.path.exists(path):
+    if name == LATEST and keep_previous and os.path.exists(path):
         os.replace(path, os.path.join(folder, PREVIOUS))  # a kill right here leaves this one to be found
     os.replace(temporary, path)
     if os.name == "posix":  # the renames themselves must reach the disk; elsewhere folders cannot be opened

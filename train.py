@@ -306,7 +306,7 @@ def save(name):
     if name != BEST:
         state.update(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     try:
-        save_checkpoint(state, out_dir, name)
+        save_checkpoint(state, out_dir, name, keep_previous=iter_num > saved_iter)
         return True
     except (OSError, RuntimeError) as e:
         say(f"WARNING: {os.path.join(out_dir, name)} is not written, the one before stays ({e})")

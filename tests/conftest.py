@@ -1,5 +1,6 @@
 """Fixtures: a tiny dataset, and the scripts run as a user runs them, in this process or in one of their own."""
 
+import contextlib
 import os
 import runpy
 import signal
@@ -77,12 +78,13 @@ def start_process():
     def start(*args, env=None, **options):
         command = [sys.executable, *map(str, args)]
         options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) | options
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **(env or {})}, **options)
+        environment = {**os.environ, **(env or {})}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **options)
         started.append(process)
         return process
 
     yield start
     for process in started:
-        if process.poll() is None:
-            process.kill()
+        with contextlib.suppress(OSError):  # and the processes that it started
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()

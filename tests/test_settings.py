@@ -130,7 +130,9 @@ def test_help_lists_every_setting_with_its_comment(script, name):
     source = (ROOT / name).read_text().splitlines()
     for number, _ in settings_of(name).values():
         _, _, comment = source[number - 1].partition("  # ")
-        line = next(line for line in result.out.splitlines() if f"--{source[number - 1].split()[0]}=" in line)
+        line = next(
+            line for line in result.out.splitlines() if line.startswith(f"  --{source[number - 1].split()[0]}=")
+        )
         assert line.endswith(comment)
     assert len([n for n, _ in settings_of(name).values() if "  # " in source[n - 1]]) > 10
 
