@@ -153,7 +153,7 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)).float() / temperature  # no overflow if that is tiny
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
         logits = logits.masked_fill(logits < kth, -math.inf)

@@ -15,6 +15,7 @@ stopped by Ctrl-C.
 
 import contextlib
 import os
+import signal
 import sys
 
 import torch
@@ -43,6 +44,8 @@ dtype = "auto"  # auto, float32, bfloat16, float16
 compile = False  # torch.compile the model: pays off for long texts on GPUs
 # -----------------------------------------------------------------------------
 configure(globals())
+if hasattr(signal, "SIGPIPE"):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python sample.py | head` ends as other programs do
 
 for name in ("num_samples", "max_new_tokens", "slide"):
     if globals()[name] < 1:
@@ -60,6 +63,8 @@ with usage_errors():
         print(f"{name}: step {checkpoint.get('iter_num', 'unknown')}", file=sys.stderr)
     else:
         checkpoint, model = {}, GPT.from_pretrained(init_from)
+    if not all(p.isfinite().all() for p in model.parameters()):
+        fail("the model's weights are not finite: its run diverged; take an earlier checkpoint with --init_from=")
     slide = min(slide, model.config.block_size)
 
     # nanoGPT's checkpoints bring no tokenizer: it is that of their dataset, or GPT-2's

@@ -16,6 +16,7 @@ Exit codes: 0 done, 1 the last checkpoint could not be written, 2 wrong usage, 3
 by SIGINT and SIGTERM.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -114,8 +115,10 @@ if lr_schedule not in ("cosine", "linear", "constant", "wsd"):
 
 # processes: torchrun starts one for each GPU and tells each its place by environment variables
 ddp = "RANK" in os.environ
-rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-world_size = int(os.environ.get("WORLD_SIZE", 1))
+with usage_errors():
+    rank, local_rank, world_size = (
+        int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
 master = rank == 0  # the process that writes and prints
 if ddp and device in ("auto", "cuda"):
     device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
@@ -130,7 +133,8 @@ if gradient_accumulation_steps % world_size:
 if ddp:
     nccl = device_type == "cuda" and dist.is_nccl_available()
     backend = ("nccl" if nccl else "gloo") if backend == "auto" else backend
-    dist.init_process_group(backend, device_id=torch.device(device) if backend == "nccl" else None)
+    with usage_errors():
+        dist.init_process_group(backend, device_id=torch.device(device) if backend == "nccl" else None)
 if deterministic:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -140,11 +144,13 @@ terminal = sys.stdout.isatty()
 
 def say(line, passing=False):
     """Print a line. On a terminal the next line replaces a passing one."""
-    if master and terminal:
+    if not master:
+        return
+    if terminal:
         width = shutil.get_terminal_size().columns - 1
-        print("\r" + (line[:width] if passing else line).ljust(width), end="" if passing else "\n", flush=True)
-    elif master:
-        print(line, flush=True)
+        line = "\r" + (line[:width] if passing else line).ljust(width)
+    with contextlib.suppress(OSError):  # a terminal or a pipe that is gone does not end a run
+        print(line, end="" if terminal and passing else "\n", flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -326,16 +332,23 @@ def log(record):
         wandb.log(record)
 
 
+def is_before(line, it):
+    """Whether a line of metrics.jsonl is whole and of a step before it; those from there on will be logged again."""
+    try:
+        return json.loads(line)["iter"] < it
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
 if master and not eval_only:
     with usage_errors():
         os.makedirs(out_dir, exist_ok=True)
         if resuming:
             if checkpoint_name != LATEST and os.path.exists(os.path.join(out_dir, LATEST)):  # it is damaged
                 os.replace(os.path.join(out_dir, LATEST), os.path.join(out_dir, LATEST + ".damaged"))
-            # steps from iter_num on will be logged again; the last line may have been cut off
             if os.path.exists(metrics_path):
-                with open(metrics_path, encoding="utf-8") as f:
-                    kept = [line for line in f if line.endswith("}\n") and json.loads(line)["iter"] < iter_num]
+                with open(metrics_path, encoding="utf-8", errors="replace") as f:
+                    kept = [line for line in f if is_before(line, iter_num)]
                 with open(metrics_path + ".tmp", "w", encoding="utf-8") as f:
                     f.writelines(kept)
                 os.replace(metrics_path + ".tmp", metrics_path)

@@ -110,7 +110,8 @@ class Dataset:
             if os.path.exists(os.path.join(folder, "prepare.py")):
                 raise FileNotFoundError(f"no .bin files in {folder}; make them: python {folder}/prepare.py")
             known = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob("data/*/prepare.py"))
-            raise FileNotFoundError(f"no dataset in {folder}; data/ can prepare {', '.join(known)}")
+            ready = f"data/ can prepare {', '.join(known)}" if known else "run this in the folder that train.py is in"
+            raise FileNotFoundError(f"no dataset in {folder}; {ready}")
         meta = read_meta(folder)
         self.vocab_size, self.tokenizer = meta.get("vocab_size"), meta.get("tokenizer")
         self.dtype, self.files = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<"), meta.get("files")
@@ -141,9 +142,11 @@ def read_meta(folder):
         try:
             with open(path, encoding="utf-8") as f:
                 meta = json.load(f)
-            if type(meta["vocab_size"]) is int and meta["dtype"] in ("uint16", "uint32"):
+            valid = type(meta["vocab_size"]) is int and meta["vocab_size"] > 0 and meta["dtype"] in ("uint16", "uint32")
+            valid = valid and all(type(entry["tokens"]) is int for entry in meta.get("files", {}).values())
+            if valid and isinstance(meta.get("tokenizer"), dict | None):
                 return meta
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             pass
         raise ValueError(f"{path} is damaged: delete it and prepare the dataset again")
     path = os.path.join(folder, "meta.pkl")
@@ -153,8 +156,8 @@ def read_meta(folder):
         with open(path, "rb") as f:
             old = PlainUnpickler(f).load()
         meta = {"vocab_size": old["vocab_size"]}
-        if type(meta["vocab_size"]) is not int:
-            raise ValueError("vocab_size is not a whole number")
+        if type(meta["vocab_size"]) is not int or meta["vocab_size"] < 1:
+            raise ValueError("vocab_size is not a whole number above 0")
         if "itos" in old:
             meta["tokenizer"] = CharTokenizer([old["itos"][i] for i in range(old["vocab_size"])]).description
         return meta

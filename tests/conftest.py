@@ -10,6 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the models here are too small to share, and busy machines punish sharing
+
 import torch
 
 from data.shards import DatasetWriter
