@@ -19,7 +19,7 @@ from data.shards import DatasetWriter
 from data.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness.\n"
+TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, I left\n"
 
 
 @pytest.fixture(autouse=True)

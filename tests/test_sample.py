@@ -48,56 +48,56 @@ def sample(script, trained):
 
 
 def test_text_is_what_was_learned(sample):
-    out = sample("--start=It was the", "--max_new_tokens=20", "--num_samples=2", "--temperature=0").out
-    assert out == f"{TEXT[:30]}\n---------------\n" * 2
+    out = sample("--start=Call me Ish", "--max_new_tokens=20", "--num_samples=2", "--temperature=0").out
+    assert out == f"{TEXT[:31]}\n---------------\n" * 2
 
 
 def test_the_seed_decides(sample):
-    a, b, c = (sample("--start=It", "--max_new_tokens=40", f"--seed={s}", "--temperature=2.0").out for s in (1, 1, 2))
+    a, b, c = (sample("--start=Call", "--max_new_tokens=40", f"--seed={s}", "--temperature=2.0").out for s in (1, 1, 2))
     assert a == b != c and a.count("---------------") == 10
     assert len(set(a.split("---------------"))) > 5  # the samples of a batch differ
 
 
 def test_streamed_text_equals_batched_text(sample):
-    flags = ["--start=It was", "--num_samples=1", "--max_new_tokens=100", "--temperature=1.5", "--top_p=0.9"]
+    flags = ["--start=Call me", "--num_samples=1", "--max_new_tokens=100", "--temperature=1.5", "--top_p=0.9"]
     assert sample(*flags, "--stream").out == sample(*flags).out
 
 
 def test_slide_and_stop(sample):
-    flags = ["--start=It was", "--num_samples=2", "--max_new_tokens=300", "--temperature=0"]
+    flags = ["--start=Call me", "--num_samples=2", "--max_new_tokens=300", "--temperature=0"]
     assert sample(*flags, "--slide=8").out.startswith(TEXT[:30])
     for more in ([], ["--stream"]):
-        out = sample(*flags, "--stop=f", *more).out
-        assert out == f"{TEXT[: TEXT.index('f')]}\n---------------\n" * 2
+        out = sample(*flags, "--stop=y", *more).out
+        assert out == f"{TEXT[: TEXT.index('y')]}\n---------------\n" * 2
 
 
 def test_prompts_from_a_file_and_from_stdin(sample, tmp_path, monkeypatch):
     flags = ["--num_samples=1", "--max_new_tokens=20", "--temperature=0"]
-    expected = sample("--start=the age of", *flags).out
-    (tmp_path / "prompt.txt").write_text("the age of")
+    expected = sample("--start=never mind", *flags).out
+    (tmp_path / "prompt.txt").write_text("never mind")
     assert sample(f"--start=FILE:{tmp_path / 'prompt.txt'}", *flags).out == expected
-    monkeypatch.setattr("sys.stdin", io.StringIO("the age of"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("never mind"))
     assert sample("--start=-", *flags).out == expected
 
 
 def test_interactive_goes_on_after_a_wrong_prompt(trained, start_process):
     flags = [f"--out_dir={trained}", "--interactive", "--max_new_tokens=20", "--temperature=0", "--device=cpu"]
     process = start_process("sample.py", *flags, stdin=subprocess.PIPE)
-    out, err = process.communicate("It was the \n\né\nthe age of\n", timeout=60)
+    out, err = process.communicate("Call me Ish\n\né\nnever mind\n", timeout=60)
     assert process.returncode == 0 and "Traceback" not in err
     assert "the prompt is empty" in err and "no token for 'é'" in err
-    assert re.search("best of times", out) and re.search("wisdom|foolishness", out)
+    assert re.search("Some years", out) and re.search("how long", out)
 
 
 def test_a_path_to_a_checkpoint(sample, trained):
-    flags = ["--start=It", "--max_new_tokens=20", "--num_samples=1"]
+    flags = ["--start=Call", "--max_new_tokens=20", "--num_samples=1"]
     expected = sample(*flags).out
     assert sample(f"--init_from={trained / LATEST}", "--out_dir=nowhere", *flags).out == expected
     assert sample(f"--init_from={trained}", "--out_dir=nowhere", *flags).out == expected
 
 
 def test_dtypes_and_compile(sample):
-    flags = ["--start=It was the", "--max_new_tokens=20", "--num_samples=1", "--temperature=0"]
+    flags = ["--start=Call me Ish", "--max_new_tokens=20", "--num_samples=1", "--temperature=0"]
     assert sample(*flags, "--dtype=bfloat16").out.startswith(TEXT[:30])
     if not shutil.which("g++"):
         pytest.skip("no g++ to compile with")
@@ -108,7 +108,7 @@ def test_dtypes_and_compile(sample):
 def test_a_damaged_best_falls_back_loudly(sample, trained):
     (trained / "ckpt_best.pt").write_bytes(b"damaged")
     try:
-        result = sample("--start=It", "--max_new_tokens=5")
+        result = sample("--start=Call", "--max_new_tokens=5")
         assert "ckpt_best.pt is damaged" in result.err and "ckpt.pt: step 200" in result.err
     finally:
         (trained / "ckpt_best.pt").unlink()
@@ -153,7 +153,7 @@ def test_a_classic_checkpoint_takes_the_tokenizer_of_its_dataset(sample, trained
     del state["tokenizer"]
     state["model"] = {"_orig_mod." + k: v for k, v in state["model"].items()}
     save_checkpoint({**state, "config": {"dataset": tiny}}, tmp_path)
-    flags = ["--start=It was the", "--max_new_tokens=30", "--num_samples=1", "--temperature=0"]
+    flags = ["--start=Call me Ish", "--max_new_tokens=30", "--num_samples=1", "--temperature=0"]
     assert sample(f"--init_from={tmp_path}", *flags).out.startswith(TEXT[:30])
     save_checkpoint(state, tmp_path)
     assert "nothing says which text" in sample(f"--init_from={tmp_path}", *flags, code=2).err
