@@ -90,4 +90,4 @@ def start_process():
     for process in started:
         with contextlib.suppress(OSError):  # and the processes that it started
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.wait()

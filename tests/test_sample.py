@@ -148,6 +148,20 @@ def test_a_checkpoint_that_does_not_fit_its_own_settings(sample, trained, tmp_pa
         assert message in sample(f"--init_from={tmp_path}", code=2).err
 
 
+def test_weights_that_are_not_finite_are_refused(sample, trained, tmp_path):
+    state = read_checkpoint(trained / LATEST)
+    state["model"]["transformer.ln_f.weight"][0] = float("nan")
+    save_checkpoint(state, tmp_path)
+    assert "weights are not finite" in sample(f"--init_from={tmp_path}", code=2).err
+
+
+def test_a_closed_pipe_ends_it_quietly(trained, start_process):
+    process = start_process("sample.py", f"--out_dir={trained}", "--start=Call", "--stream", "--device=cpu")
+    process.stdout.read(5)
+    process.stdout.close()
+    assert process.stderr.read().count("Traceback") == 0 and process.wait() != 0
+
+
 def test_a_classic_checkpoint_takes_the_tokenizer_of_its_dataset(sample, trained, tiny, tmp_path):
     state = read_checkpoint(trained / LATEST)
     del state["tokenizer"]

@@ -102,6 +102,14 @@ def test_a_config_file_wins_even_with_a_default_value(train, tiny_run, finished,
     assert state["config"]["always_save_checkpoint"] is True and state["config"]["weight_decay"] == 0.1
 
 
+def test_damaged_metrics_do_not_stop_a_resume(train, tiny_run, finished):
+    path = tiny_run.out / "metrics.jsonl"
+    path.write_bytes(b'\xff\xfe\nnot json\n[1]\n{"loss": 1}\n' + path.read_bytes()[:-9])
+    train(tiny_run.flags, "--init_from=resume", "--max_iters=22")
+    rows = [r["iter"] for r in metrics(tiny_run.out) if "loss" in r]
+    assert rows == list(range(22))
+
+
 def as_nanogpt(state):
     """A checkpoint as nanoGPT writes it after torch.compile on a GPU in float16."""
     settings = {**state["config"], "device": "cuda", "dtype": "float16", "backend": "nccl"}
