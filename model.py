@@ -453,7 +453,7 @@ def peak_flops(device, dtype):
     device = torch.device(device)
     if device.type == "cpu":
         a, times = torch.ones(1024, 1024, dtype=dtype), []
-        for _ in range(10):
+        for _ in range(20):
             start = time.perf_counter()
             a @ a
             times.append(time.perf_counter() - start)

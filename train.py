@@ -95,7 +95,7 @@ if init_from != "scratch":
     with usage_errors():
         names = (LATEST, PREVIOUS) if resuming else (BEST, LATEST, PREVIOUS)
         checkpoint, checkpoint_name = find_checkpoint(init_from, names, out_dir)
-if resuming:
+if checkpoint and (resuming or eval_only):
     # settings that were not given are those that the run had; where it lies and what it runs on may have changed
     before = {k: v for k, v in checkpoint.get("config", {}).items() if k in config and type(v) is type(config[k])}
     config.update({k: v for k, v in before.items() if k not in given | {"out_dir", "init_from", "device", "backend"}})
@@ -203,7 +203,12 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 if resuming:
     iter_num, best_val_loss = checkpoint.get("iter_num", 0), float(checkpoint.get("best_val_loss", 1e9))
     say(f"resuming from {os.path.join(out_dir, checkpoint_name)} at step {iter_num}")
-    changed = {k for k in given & set(before) if before[k] != config[k]} - {"init_from", "out_dir", "device"}
+    changed = {k for k in given & set(before) if before[k] != config[k]} - {
+        "init_from",
+        "out_dir",
+        "device",
+        "eval_only",
+    }
     if changed:
         say("changed since then: " + ", ".join(f"{k} {before[k]} -> {config[k]}" for k in sorted(changed)))
     if "optimizer" in checkpoint:
@@ -353,8 +358,9 @@ if master and not eval_only:
                     f.writelines(kept)
                 os.replace(metrics_path + ".tmp", metrics_path)
         elif any(os.path.exists(os.path.join(out_dir, name)) for name in (LATEST, PREVIOUS, BEST)):
-            aside = os.path.join(out_dir, "previous")
-            os.makedirs(aside, exist_ok=True)
+            numbers = (n for n in range(1, 10**6) if not os.path.exists(os.path.join(out_dir, f"previous-{n}")))
+            aside = os.path.join(out_dir, f"previous-{next(numbers)}")
+            os.makedirs(aside)
             for name in (LATEST, PREVIOUS, BEST, "metrics.jsonl"):
                 if os.path.exists(os.path.join(out_dir, name)):
                     os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
@@ -453,7 +459,8 @@ while True:
     if not math.isfinite(step_loss) or not math.isfinite(grad_norm) and not overflow:
         say(
             f"step {iter_num}: loss {step_loss}, gradient norm {grad_norm}: stopped before the weights were touched. "
-            f"Resume from the last checkpoint with a lower --learning_rate, or try --dtype=float32"
+            + ("Resume from the last checkpoint" if saved_iter else "Nothing is saved yet, so begin again")
+            + " with a lower --learning_rate, or with --dtype=float32"
         )
         exit_code = 3
         break

@@ -180,7 +180,10 @@ def test_evaluating_and_saving_do_not_disturb_training(train, tiny_run, finished
 def test_a_new_run_keeps_the_earlier_one_aside(train, tiny_run, finished):
     result = train(tiny_run.flags, "--seed=1", "--max_iters=3")
     assert "moved to" in result.out
-    assert_same_state(finished, read_checkpoint(tiny_run.out / "previous" / LATEST))
+    assert_same_state(finished, read_checkpoint(tiny_run.out / "previous-1" / LATEST))
+    train(tiny_run.flags, "--seed=2", "--max_iters=0")
+    assert_same_state(finished, read_checkpoint(tiny_run.out / "previous-1" / LATEST))
+    train(tiny_run.flags, "--seed=1", "--max_iters=3")
     assert len(metrics(tiny_run.out)) == 5 and read_checkpoint(tiny_run.out / LATEST)["iter_num"] == 3
 
 
@@ -222,6 +225,8 @@ def test_checkpoints_hold_plain_values_and_nanogpts_keys(finished):
 def test_eval_only_gives_the_same_number_twice_and_changes_nothing(train, tiny_run, finished):
     files = {p: p.read_bytes() for p in tiny_run.out.iterdir()}
     outs = [train(tiny_run.flags, "--init_from=resume", "--eval_only").out for _ in range(2)]
+    best = train([], f"--init_from={tiny_run.out / BEST}", "--eval_only", "--device=cpu").out
+    assert re.search(r"val loss [\d.]+", best)[0] == re.search(r"val loss [\d.]+", outs[0])[0]  # the last is the best
     assert outs[0] == outs[1] and {p: p.read_bytes() for p in tiny_run.out.iterdir()} == files
     match = re.search(r"step 20: .* val loss ([\d.]+), perplexity ([\d.]+), ([\d.]+) bits per byte", outs[0])
     loss, perplexity, bits = map(float, match.groups())
