@@ -30,11 +30,13 @@ def fail(message):
 
 @contextlib.contextmanager
 def usage_errors():
-    """Turn what the model and the data have to say of wrong input (ValueError, OSError) into fail()'s one line."""
+    """Turn what the model and the data have to say of wrong input (ValueError, OSError), and what PyTorch says of sizes
+    that do not fit into memory (RuntimeError and others), into fail()'s one line."""
     try:
         yield
-    except (ValueError, OSError) as e:
-        fail(f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else e)
+    except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as e:
+        first_line = str(e).strip().split("\n")[0] or type(e).__name__
+        fail(f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else first_line)
 
 
 def configure(script):

@@ -391,7 +391,7 @@ def read_checkpoint(path):
             for part in ("model", "model_args"):
                 if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(part), dict):
                     raise ValueError(f"it has no {part}")
-            if not all(isinstance(v, torch.Tensor) for v in checkpoint["model"].values()):
+            if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in checkpoint["model"].items()):
                 raise ValueError("its model is not made of tensors")
             kinds = {"config": dict, "optimizer": dict, "tokenizer": (dict, type(None))}
             kinds |= {"iter_num": int, "best_val_loss": (int, float, torch.Tensor), "scaler": dict}

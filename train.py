@@ -372,7 +372,10 @@ if master and not eval_only:
             import wandb
         except ImportError:
             fail("wandb_log needs wandb: pip install wandb, or --wandb_log=False")
-        wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+        try:
+            wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+        except Exception as e:  # wandb has errors of its own, for a missing login above all
+            fail(f"wandb: {e} (type wandb login, or --wandb_log=False, or set WANDB_MODE=offline)")
 
 asked = 0  # the signal that asked this process to stop
 
