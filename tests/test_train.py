@@ -450,7 +450,7 @@ def test_hostile_checkpoints_are_refused_and_do_not_run(script, tiny_run, tmp_pa
         (["--n_head=3"], "n_embd (16) must be a multiple of n_head (3)"),
         (["--dropout=1.0"], "dropout must lie in [0, 1)"),
         (["--block_size=100000"], "use more text, or --block_size="),
-        (["--n_embd=2000000000000"], "overflow"),
+        (["--n_embd=2000000000000"], "allocate memory"),
         (["--wsd_decay_frac=0.0"], "wsd_decay_frac must lie between 0 and 1"),
         (["--beta1=1.5"], "beta1 must lie between 0 and 1"),
         (["--lr_schedule=sine"], "lr_schedule takes cosine"),
