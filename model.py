@@ -286,7 +286,9 @@ class GPT(nn.Module):
             model = cls(GPTConfig(**{**checkpoint["model_args"], **override}))
         # checkpoints from elsewhere may carry the prefixes of torch.compile and DDP, and attention masks
         weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
-        weights = {k: v.float() for k, v in weights.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+        weights = {
+            k: v.float().contiguous() for k, v in weights.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))
+        }
         shapes, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (weights, model.state_dict()))
         wrong = [k for k in sorted(shapes.keys() | expected) if shapes.get(k) != expected.get(k)]
         if wrong:

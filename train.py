@@ -119,6 +119,7 @@ with usage_errors():
     rank, local_rank, world_size = (
         int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
+world_size = world_size if ddp else 1  # some clusters set it for other purposes
 master = rank == 0  # the process that writes and prints
 if ddp and device in ("auto", "cuda"):
     device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"

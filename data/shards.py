@@ -121,6 +121,9 @@ class Dataset:
         paths = [os.path.join(self.folder, f"{name}.bin")]
         if not os.path.exists(paths[0]):
             paths = sorted(glob.glob(os.path.join(glob.escape(self.folder), f"{name}_*.bin")))
+        stated = [file for file in self.files or {} if file == f"{name}.bin" or file.startswith(f"{name}_")]
+        if set(stated) - {os.path.basename(path) for path in paths}:
+            raise FileNotFoundError(f"{self.folder} has no {name}.bin as meta.json lists it; {self.remedy}")
         if not paths:
             raise FileNotFoundError(f"no {name}.bin in {self.folder}; {self.remedy}")
         for path in paths:

@@ -209,7 +209,7 @@ def test_a_hostile_meta_pkl_is_refused_and_does_not_run(tmp_path):
         ("train.bin", b"", "0 bytes"),
         ("train.bin", b"abc", "3 bytes"),
         ("train.bin", b"ab" * 10, "meta.json says 4,400"),
-        ("train.bin", None, "no train.bin"),
+        ("train.bin", None, "no train.bin as meta.json lists it"),
         ("meta.json", b"{", "damaged"),
         ("meta.json", b'{"vocab_size": "many", "dtype": "uint16"}', "damaged"),
         ("meta.json", b'{"vocab_size": 9, "dtype": "float64"}', "damaged"),
