@@ -21,7 +21,7 @@ from json import dump
 
 import torch
 
-from configurator import can_compile, configure, fail, pick_device, usage_errors
+from configurator import can_compile, configure, end_with_the_pipe, fail, pick_device, usage_errors
 from data.shards import Dataset, train_windows
 from model import GPT, GPTConfig, peak_flops
 
@@ -53,9 +53,17 @@ seed = 1337
 # -----------------------------------------------------------------------------
 configure(globals())
 
-for name in ("batch_size", "decode_batch"):
+end_with_the_pipe()
+for name in ("batch_size", "block_size", "decode_batch"):
     if globals()[name] < 1:
         fail(f"{name} must be at least 1, not {globals()[name]}")
+if steps < 1 and (profile or decode_tokens < 1):
+    fail("nothing to measure: give --steps=20" + ("" if profile else " or --decode_tokens=256"))
+if batch_size * (block_size + 1) >= 2**31:
+    fail(f"{batch_size} x {block_size} tokens are too many for a step: lower --batch_size")
+if json:
+    with usage_errors():
+        open(json, "a").close()  # better to know now that it cannot be written
 device, dtype, device_line = pick_device(device, dtype)
 device_type, ptdtype = device.split(":")[0], getattr(torch, dtype)
 print(device_line)
@@ -148,11 +156,15 @@ with usage_errors():
         spec = importlib.util.spec_from_file_location("classic_model", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules["classic_model"] = module  # dataclasses look themselves up there
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as e:  # it is somebody else's code
+            fail(f"{path}: {type(e).__name__}: {e}")
         contenders["classic"] = module.GPT(module.GPTConfig(**shape)).to(device)
 ours = contenders["plainGPT"]
 parameters = ours.get_num_params(non_embedding=False)
-results = {"device": device_line, "torch": torch.__version__, "parameters": parameters, **shape}
+results = {"device": device_line, "dtype": dtype, "compile": compile, "torch": torch.__version__}
+results |= {"parameters": parameters, "batch_size": batch_size, **shape}
 print(f"model: {parameters / 1e6:.2f}M parameters; {batch_size} x {block_size} tokens a step")
 
 if steps > 0:
@@ -184,12 +196,11 @@ if steps > 0:
         print(f"  ratio {results['train ratio']:.2f}")
     results["peak_memory"] = peak_memory()
     if results["peak_memory"]:
-        print(f"peak memory {results['peak_memory'] / 2**30:.2f} GiB")
+        print(f"peak memory of all of this {results['peak_memory'] / 2**30:.2f} GiB")
 
 if profile:
-    os.makedirs("bench_log", exist_ok=True)
-    if steps < 1:
-        fail("profile needs training steps: leave out --steps=0")
+    with usage_errors():
+        os.makedirs("bench_log", exist_ok=True)
     with torch.profiler.profile() as profiler:
         for i in range(5):
             step["plainGPT"](i)
@@ -211,7 +222,8 @@ if decode_tokens > 0:
     n_bytes = sum(p.nbytes for name, p in ours.named_parameters() if "wpe" not in name)
     bound = bandwidth / n_bytes
     print(
-        f"generating {decode_tokens} tokens in {dtype}; reads {bandwidth / 1e9:.1f} GB/s: {bound:.1f} tokens/s at most"
+        f"generating {decode_tokens} tokens in {dtype}; at {bandwidth / 1e9:.1f} GB/s of memory bandwidth one sequence "
+        f"cannot exceed {bound:.1f} tokens/s"
     )
     for B in (1, decode_batch):
         prompt = torch.randint(vocab_size, (B, 1), device=device)
@@ -232,3 +244,4 @@ if decode_tokens > 0:
 if json:
     with usage_errors(), open(json, "w", encoding="utf-8") as f:
         dump(results, f, indent=1)
+    print(f"results: {json}")

@@ -39,13 +39,30 @@ def usage_errors():
         fail(f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else first_line)
 
 
+def last_words(kind, error, trace):
+    """sys.excepthook of the scripts: Ctrl-C exits with 130, too little memory with one line and 2. Anything else is a
+    mistake in the code, and Python shows where."""
+    if kind is KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.exit(130)
+    if issubclass(kind, MemoryError) or re.search("out of memory|allocate", str(error).partition("\n")[0]):
+        reason = ". ".join(str(error).split("\n")[0].split(". ")[:2])
+        fail(f"out of memory ({reason}): lower --batch_size, --block_size, the model or, in sample.py, --num_samples")
+    sys.__excepthook__(kind, error, trace)
+
+
 def configure(script):
     """Override a script's settings, given as its globals(), from sys.argv. Returns all of them as a dict, and the set
-    of the names that a file or a flag gave. From here on Ctrl-C exits with 130 and without a traceback.
+    of the names that a file or a flag gave. Sets up how the script ends (last_words) and its standard streams.
 
     A setting is a global with a lower-case name, no leading underscore, and an int, float, bool or str as its value.
     """
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    sys.excepthook = last_words
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started the script
+            setattr(sys, name, open(os.devnull, mode))
+        if mode == "w" and hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")  # a character that cannot be shown is a "?"
     settings = {k: v for k, v in script.items() if k[0] != "_" and k.islower() and type(v) in (int, float, bool, str)}
     defaults, given, args = dict(settings), set(), sys.argv[1:]
     if {"--help", "-h"} & set(args):
@@ -59,10 +76,10 @@ def configure(script):
             key = arg.lstrip("-").replace("-", "_")
             if isinstance(defaults.get(key), bool) and not (args and args[0].lower() in ("true", "false")):
                 text = "True"
-            elif args and key in defaults:
+            elif args and key in defaults and not args[0].startswith("--"):
                 text = args.pop(0)
             else:
-                fail(f"{arg} needs a value: {arg}=..." if key in defaults else unknown(key, defaults))
+                fail(f"{arg} needs a value: {arg}=..." if key in defaults else unknown(key or arg, defaults))
         else:
             found = read_config(arg, {**script, **settings}, defaults)
             settings.update(found)
@@ -87,19 +104,21 @@ def parse(text, default):
         return text
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return text
 
 
 def check(key, value, default, where):
     """The value as the default's type, or fail(). An int serves as a float, and 1e4 as an int."""
-    if type(default) is float and type(value) is int:
+    if type(default) is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     if type(default) is int and type(value) is float and value.is_integer():
         value = int(value)
     kind = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[type(default)]
-    if type(value) is not type(default) or isinstance(value, float) and not math.isfinite(value):
-        fail(f"{where}: {key} takes {kind} such as {default!r}, not {value!r}")
+    usable = abs(value) < 2**63 if type(value) is int else math.isfinite(value) if type(value) is float else True
+    if type(value) is not type(default) or not usable:
+        shown = repr(value)[:40] if type(value) is not int or usable else "one so large"
+        fail(f"{where}: {key} takes {kind} such as {default!r}, not {shown}")
     return value
 
 
@@ -115,14 +134,19 @@ def read_config(path, namespace, defaults):
     names are the file's own if it reads them itself or they start with an underscore; else they are mistakes.
     """
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, "rb") as f:
             source = f.read()
-        tree = ast.parse(source, path)
-        exec(compile(tree, path, "exec"), namespace)
-    except OSError:
+    except FileNotFoundError:
         near = difflib.get_close_matches(path, glob.glob("config/*.py"), n=1, cutoff=0.3)
         fail(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else ""))
-    except Exception as e:  # a config file can fail in any way that Python can
+    except OSError as e:
+        fail(f"config file {path}: {e.strerror}")
+    try:
+        tree = ast.parse(source, path)
+        exec(compile(tree, path, "exec"), namespace)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:  # a config file can fail in any way that Python can
         fail(f"{path}: {type(e).__name__}: {e}")
     read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     targets = [node.targets for node in ast.walk(tree) if isinstance(node, ast.Assign)]
@@ -154,8 +178,15 @@ def setting_lines(path):
     return lines
 
 
+def end_with_the_pipe():
+    """Let `script | head` end the script as it ends other programs, without a traceback."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 def print_help(script):
     """The script's docstring, then each setting with its default and its comment, read from the source."""
+    end_with_the_pipe()
     with open(script["__file__"], "rb") as f:
         comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.tokenize(f.readline) if t.string[:1] == "#"}
     lines = setting_lines(script["__file__"])
@@ -185,7 +216,7 @@ def pick_device(device="auto", dtype="auto"):
     kind = device.split(":")[0]
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         fail(f"dtype takes auto, float32, bfloat16 or float16, not {dtype!r}")
-    if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", device):
+    if not re.fullmatch(r"cuda(:\d{1,4})?|(mps|cpu)(:0)?", device):
         fail(f"device takes auto, cuda, cuda:1, mps or cpu, not {device!r}")
     if kind == "cuda":
         if not torch.cuda.is_available():

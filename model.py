@@ -49,6 +49,9 @@ class GPTConfig:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        weights = (12 * self.n_layer * self.n_embd + self.vocab_size + self.block_size) * self.n_embd
+        if weights > 1e14:
+            raise ValueError(f"a model of {weights:.1e} parameters is past all machines: lower n_layer or n_embd")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
 
@@ -161,6 +164,7 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(dim=-1)
         beyond = probs.cumsum(dim=-1) - probs >= top_p  # what precedes the token already reaches p
+        beyond[:, 0] = False  # one is left even where top_p is 0.0 in float32
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
 
@@ -282,20 +286,21 @@ class GPT(nn.Module):
         unknown = set(checkpoint["model_args"]) - {field.name for field in fields(GPTConfig)}
         if unknown:
             raise ValueError(f"the checkpoint's model has settings unknown here: {', '.join(sorted(unknown))}")
-        with torch.device("meta"):  # no memory and no time for weights that are replaced at once
-            model = cls(GPTConfig(**{**checkpoint["model_args"], **override}))
+        config = GPTConfig(**{**checkpoint["model_args"], **override})
         # checkpoints from elsewhere may carry the prefixes of torch.compile and DDP, and attention masks
         weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
-        weights = {
-            k: v.float().contiguous() for k, v in weights.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))
-        }
+        weights = {k: v for k, v in weights.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+        if config.n_layer > len(weights):
+            raise ValueError(f"weights do not fit the model: {len(weights)} of them for {config.n_layer} layers")
+        with torch.device("meta"):  # no memory and no time for weights that are replaced at once
+            model = cls(config)
         shapes, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (weights, model.state_dict()))
         wrong = [k for k in sorted(shapes.keys() | expected) if shapes.get(k) != expected.get(k)]
         if wrong:
             lines = [f"{k} {shapes.get(k, 'missing')} instead of {expected.get(k, 'nothing')}" for k in wrong]
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             raise ValueError("weights do not fit the model: " + "; ".join(lines[:4]) + more)
-        model.load_state_dict(weights, assign=True)
+        model.load_state_dict({k: v.float().contiguous() for k, v in weights.items()}, assign=True)
         model.transformer.wte.weight = model.lm_head.weight
         return model
 
@@ -347,6 +352,29 @@ class GPT(nn.Module):
         return peak and self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
 
 
+def load_optimizer(optimizer, saved):
+    """Give the optimizer the state of a checkpoint, while learning rate, decay and betas stay its own. ValueError if
+    the state is of another model: fused kernels would read and write past the end of tensors of another shape."""
+    groups = optimizer.state_dict()["param_groups"]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        fits = [g["params"] for g in groups] == [g["params"] for g in saved["param_groups"]]
+        fits = fits and set(saved["state"]) in (set(), set(range(len(params))))
+        for i, state in saved["state"].items():
+            fits = fits and torch.as_tensor(state["step"]).dim() == 0
+            for moment in (state["exp_avg"], state["exp_avg_sq"]):
+                fits = fits and is_plain(moment) and moment.shape == params[i].shape
+        if fits:
+            state = {
+                i: {k: v.contiguous() if torch.is_tensor(v) else v for k, v in state.items()}
+                for i, state in saved["state"].items()
+            }
+            return optimizer.load_state_dict({"state": state, "param_groups": groups})
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        pass
+    raise ValueError("the optimizer state is of another model or optimizer")
+
+
 # -----------------------------------------------------------------------------
 # checkpoint files
 
@@ -390,20 +418,31 @@ def read_checkpoint(path):
                 raise ValueError(f"the checksum of {part} is wrong")
             f.seek(0)
             checkpoint = torch.load(f, map_location="cpu", weights_only=True)
-            for part in ("model", "model_args"):
-                if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(part), dict):
-                    raise ValueError(f"it has no {part}")
-            if not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in checkpoint["model"].items()):
-                raise ValueError("its model is not made of tensors")
-            kinds = {"config": dict, "optimizer": dict, "tokenizer": (dict, type(None))}
-            kinds |= {"iter_num": int, "best_val_loss": (int, float, torch.Tensor), "scaler": dict}
-            for part, kind in kinds.items():
-                if part in checkpoint and not isinstance(checkpoint[part], kind):
-                    raise ValueError(f"its {part} is a {type(checkpoint[part]).__name__}")
+            check_checkpoint(checkpoint)
             return checkpoint
         except Exception as e:  # what a damaged file raises depends on where it is damaged
-            reason = str(e).strip().split("\n")[0].split(". ")[0][:120]
+            reason = str(e).strip().split("\n")[0].split(". ")[0][:120] or type(e).__name__
             raise ValueError(f"{path} is damaged or is not a checkpoint ({reason})") from None
+
+
+def check_checkpoint(checkpoint):
+    """ValueError if the parts of a checkpoint are not what they have to be."""
+    for part in ("model", "model_args"):
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(part), dict):
+            raise ValueError(f"it has no {part}")
+    if not all(isinstance(k, str) and is_plain(v) for k, v in checkpoint["model"].items()):
+        raise ValueError("its model is not made of dense tensors of numbers")
+    kinds = {"config": dict, "optimizer": dict, "scaler": dict, "tokenizer": (dict, type(None)), "iter_num": int}
+    for part, kind in kinds.items():
+        if part in checkpoint and not isinstance(checkpoint[part], kind):
+            raise ValueError(f"its {part} is a {type(checkpoint[part]).__name__}")
+    if not 0 <= checkpoint.get("iter_num", 0) < 2**63 or math.isnan(float(checkpoint.get("best_val_loss", 0))):
+        raise ValueError("its iter_num or best_val_loss is out of range")
+
+
+def is_plain(x):
+    """Whether x is an ordinary tensor with its numbers in memory: not sparse, not quantized, not on meta."""
+    return isinstance(x, torch.Tensor) and x.layout == torch.strided and x.is_cpu and not x.is_quantized
 
 
 def find_checkpoint(init_from, names, out_dir):
@@ -428,12 +467,17 @@ def load_checkpoint(folder, names=(LATEST, PREVIOUS)):
     found = [name for name in names if os.path.exists(os.path.join(folder, name))]
     if not found:
         raise FileNotFoundError(f"no checkpoint in {folder} (looked for {', '.join(names)})")
+    damaged = []
     for name in found:
         try:
-            return read_checkpoint(os.path.join(folder, name)), name
+            checkpoint = read_checkpoint(os.path.join(folder, name))
         except ValueError as e:
-            print(f"WARNING: {e}", file=sys.stderr)
-    raise ValueError(f"every checkpoint in {folder} is damaged: {', '.join(found)}")
+            damaged.append(str(e))
+            continue
+        for reason in damaged:
+            print(f"WARNING: {reason}", file=sys.stderr)
+        return checkpoint, name
+    raise ValueError(f"{'; '.join(damaged)}; no other checkpoint is there")
 
 
 # -----------------------------------------------------------------------------

@@ -15,12 +15,11 @@ stopped by Ctrl-C.
 
 import contextlib
 import os
-import signal
 import sys
 
 import torch
 
-from configurator import can_compile, configure, fail, pick_device, usage_errors
+from configurator import can_compile, configure, end_with_the_pipe, fail, pick_device, usage_errors
 from data.shards import read_meta
 from data.tokenizer import from_description
 from model import BEST, GPT, LATEST, PREVIOUS, find_checkpoint
@@ -44,8 +43,7 @@ dtype = "auto"  # auto, float32, bfloat16, float16
 compile = False  # torch.compile the model: pays off for long texts on GPUs
 # -----------------------------------------------------------------------------
 configure(globals())
-if hasattr(signal, "SIGPIPE"):
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `python sample.py | head` ends as other programs do
+end_with_the_pipe()
 
 for name in ("num_samples", "max_new_tokens", "slide"):
     if globals()[name] < 1:
@@ -69,8 +67,9 @@ with usage_errors():
 
     # nanoGPT's checkpoints bring no tokenizer: it is that of their dataset, or GPT-2's
     description = checkpoint.get("tokenizer")
-    if not description and "dataset" in checkpoint.get("config", {}):
-        description = read_meta(os.path.join("data", checkpoint["config"]["dataset"])).get("tokenizer")
+    dataset = checkpoint.get("config", {}).get("dataset")
+    if not description and isinstance(dataset, str):
+        description = read_meta(os.path.join("data", dataset)).get("tokenizer")
     if not description and model.config.vocab_size < 50257:
         fail(
             f"nothing says which text the {model.config.vocab_size} tokens stand for: put meta.pkl into the data folder"
@@ -91,8 +90,6 @@ if compile and can_compile(device):
     model.compile(dynamic=True)
 generator = torch.Generator(device).manual_seed(seed)
 sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=stop_ids[0], generator=generator, slide=slide)
-for stream_of in (sys.stdout, sys.stderr):
-    stream_of.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
 
 
 def encode(prompt):
@@ -100,6 +97,8 @@ def encode(prompt):
     ids = tokenizer.encode(prompt).tolist()
     if not ids and tokenizer.eot is None:
         raise ValueError("the prompt is empty: give at least one character with --start=")
+    if max(ids, default=0) >= model.config.vocab_size:
+        raise ValueError(f"the prompt has tokens past the model's vocabulary of {model.config.vocab_size}")
     return torch.tensor([ids or [tokenizer.eot]], device=device)
 
 

@@ -12,8 +12,8 @@ weights with the lowest validation loss, to sample from) and metrics.jsonl. Ctrl
 and exits; a second one exits at once. --init_from=resume carries on, and gives the weights that the uninterrupted run
 would have given.
 
-Exit codes: 0 done, 1 the last checkpoint could not be written, 2 wrong usage, 3 the run diverged, 130 and 143 stopped
-by SIGINT and SIGTERM.
+Exit codes: 0 done, 1 the last checkpoint could not be written, 2 wrong usage, 3 the run diverged, 129, 130 and 143
+stopped by SIGHUP, SIGINT and SIGTERM.
 """
 
 import contextlib
@@ -32,10 +32,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from configurator import can_compile, configure, fail, pick_device, usage_errors
+from configurator import can_compile, check, configure, fail, pick_device, usage_errors
 from data.shards import Dataset, eval_windows, train_windows
 from data.tokenizer import from_description
-from model import BEST, GPT, LATEST, PREVIOUS, GPTConfig, find_checkpoint, peak_flops, save_checkpoint
+from model import BEST, GPT, LATEST, PREVIOUS, GPTConfig, find_checkpoint, load_optimizer, peak_flops, save_checkpoint
 
 # -----------------------------------------------------------------------------
 # input and output
@@ -97,29 +97,39 @@ if init_from != "scratch":
         checkpoint, checkpoint_name = find_checkpoint(init_from, names, out_dir)
 if checkpoint and (resuming or eval_only):
     # settings that were not given are those that the run had; where it lies and what it runs on may have changed
-    before = {k: v for k, v in checkpoint.get("config", {}).items() if k in config and type(v) is type(config[k])}
-    config.update({k: v for k, v in before.items() if k not in given | {"out_dir", "init_from", "device", "backend"}})
+    today = given | {"out_dir", "init_from", "device", "backend"}
+    before = {
+        k: v for k, v in checkpoint.get("config", {}).items() if k in config and type(v) in (int, float, bool, str)
+    }
+    config.update({k: check(k, v, config[k], checkpoint_name) for k, v in before.items() if k not in today})
     globals().update(config, init_from=init_from)
 
 for name in ("eval_interval", "eval_iters", "log_interval", "batch_size", "block_size", "gradient_accumulation_steps"):
     if config[name] < 1:
         fail(f"{name} must be at least 1, not {config[name]}")
+if batch_size * (block_size + 1) >= 2**31:
+    fail(f"{batch_size} x {block_size} tokens are too many for a micro-batch: lower --batch_size")
+if not out_dir:
+    fail("out_dir must not be empty")
 for name in ("save_interval", "max_iters", "warmup_iters", "learning_rate", "weight_decay", "grad_clip", "seed"):
     if config[name] < 0:
         fail(f"{name} must not be negative, but is {config[name]}")
 for name in ("beta1", "beta2", "wsd_decay_frac"):
     if not 0 < config[name] < 1:
         fail(f"{name} must lie between 0 and 1, but is {config[name]}")
-if lr_schedule not in ("cosine", "linear", "constant", "wsd"):
-    fail(f"lr_schedule takes cosine, linear, constant or wsd, not {lr_schedule!r}")
+for name, known in (("lr_schedule", ("cosine", "linear", "constant", "wsd")), ("backend", ("auto", "nccl", "gloo"))):
+    if config[name] not in known:
+        fail(f"{name} takes {', '.join(known)}, not {config[name]!r}")
 
 # processes: torchrun starts one for each GPU and tells each its place by environment variables
 ddp = "RANK" in os.environ
-with usage_errors():
-    rank, local_rank, world_size = (
-        int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
-world_size = world_size if ddp else 1  # some clusters set it for other purposes
+rank, local_rank, world_size = 0, 0, 1
+if ddp:
+    try:
+        rank, local_rank, world_size = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    except (KeyError, ValueError) as e:
+        fail(f"RANK is set, but LOCAL_RANK and WORLD_SIZE are not as torchrun sets them ({e}): use it, or unset RANK")
+    world_size = max(world_size, 1)
 master = rank == 0  # the process that writes and prints
 if ddp and device in ("auto", "cuda"):
     device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
@@ -204,29 +214,18 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 if resuming:
     iter_num, best_val_loss = checkpoint.get("iter_num", 0), float(checkpoint.get("best_val_loss", 1e9))
     say(f"resuming from {os.path.join(out_dir, checkpoint_name)} at step {iter_num}")
-    changed = {k for k in given & set(before) if before[k] != config[k]} - {
-        "init_from",
-        "out_dir",
-        "device",
-        "eval_only",
-    }
-    if changed:
+    changed = {k for k in given & set(before) if before[k] != config[k]}
+    if changed := changed - {"init_from", "out_dir", "device", "eval_only"}:
         say("changed since then: " + ", ".join(f"{k} {before[k]} -> {config[k]}" for k in sorted(changed)))
-    if "optimizer" in checkpoint:
-        # the state is the checkpoint's; learning rate, decay and betas are today's
-        groups = optimizer.state_dict()["param_groups"]
-        try:
-            same = [g["params"] for g in groups] == [g["params"] for g in checkpoint["optimizer"]["param_groups"]]
-            optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
-            same = same and all(p.shape == state["exp_avg"].shape for p, state in optimizer.state.items())
-        except (KeyError, TypeError, ValueError, AttributeError):
-            same = False
-        if not same:
-            fail(f"the optimizer state of {checkpoint_name} is of another model; --init_from={out_dir} leaves it out")
-    else:
-        say("the checkpoint has no optimizer state: AdamW begins anew")
-    if checkpoint.get("scaler"):
-        scaler.load_state_dict(checkpoint["scaler"])
+    try:
+        if "optimizer" in checkpoint:
+            load_optimizer(optimizer, checkpoint["optimizer"])
+        else:
+            say("the checkpoint has no optimizer state: AdamW begins anew")
+        if checkpoint.get("scaler"):
+            scaler.load_state_dict(checkpoint["scaler"])
+    except (ValueError, KeyError, TypeError, RuntimeError) as e:
+        fail(f"{checkpoint_name}: {e}; --init_from={out_dir} begins anew from its weights alone")
 checkpoint = None  # its memory is needed
 
 raw_model = model
@@ -238,11 +237,20 @@ autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32"
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 
 
+damaged = False  # whether this process met token ids that are none
+
+
 def get_batch(split, starts):
     """Inputs and targets, the tokens one further on, of the windows that begin at starts: two (B, T) on the device."""
+    global damaged
     xy = torch.from_numpy(tokens[split].windows(starts, block_size + 1))
     if xy.max() >= raw_model.config.vocab_size:
-        fail(f"{data.folder}: token id {xy.max()} near token {starts[0]} of {split} is past the model's vocabulary")
+        # the run ends where all processes see it; until then an id that is one lets the others not wait in vain
+        row = int((xy >= raw_model.config.vocab_size).any(dim=1).nonzero()[0])
+        message = f"has a token id {xy.max()} in the window at token {starts[row]:,}, past the model's vocabulary"
+        print(f"error: {data.folder}, {split}: {message}", file=sys.stderr)
+        damaged = True
+        xy.clamp_(max=raw_model.config.vocab_size - 1)
     if device_type == "cuda":
         xy = xy.pin_memory().to(device, non_blocking=True)
     else:
@@ -335,7 +343,10 @@ def log(record):
     except OSError as e:
         say(f"WARNING: {metrics_path} is not written ({e})")
     if wandb_log:
-        wandb.log(record)
+        try:
+            wandb.log(record)
+        except Exception as e:  # whatever it is, it is not worth the run
+            say(f"WARNING: wandb does not log ({e})")
 
 
 def is_before(line, it):
@@ -347,6 +358,15 @@ def is_before(line, it):
 
 
 if master and not eval_only:
+    if wandb_log:
+        try:
+            import wandb
+
+            wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+        except ImportError:
+            fail("wandb_log needs wandb: pip install wandb, or --wandb_log=False")
+        except Exception as e:  # wandb has errors of its own, for a missing login above all
+            fail(f"wandb: {e} (type wandb login, or --wandb_log=False, or set WANDB_MODE=offline)")
     with usage_errors():
         os.makedirs(out_dir, exist_ok=True)
         if resuming:
@@ -368,15 +388,7 @@ if master and not eval_only:
             say(f"{out_dir} held an earlier run: moved to {aside}")
         elif os.path.exists(metrics_path):  # of a run that ended before its first save
             os.remove(metrics_path)
-    if wandb_log:
-        try:
-            import wandb
-        except ImportError:
-            fail("wandb_log needs wandb: pip install wandb, or --wandb_log=False")
-        try:
-            wandb.init(project=wandb_project, name=wandb_run_name, config=config)
-        except Exception as e:  # wandb has errors of its own, for a missing login above all
-            fail(f"wandb: {e} (type wandb login, or --wandb_log=False, or set WANDB_MODE=offline)")
+        open(metrics_path, "a").close()  # better to know now that a folder cannot be written to
 
 asked = 0  # the signal that asked this process to stop
 
@@ -386,11 +398,16 @@ def on_signal(number, _):
     if asked:
         os._exit(128 + number)
     asked = number
+    if master:
+        with contextlib.suppress(OSError):  # a handler can come in the middle of a print, so it does not print itself
+            os.write(2, b"\nfinishing the step, then saving; once more exits at once\n")
 
 
 if not eval_only:
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # nohup ignores it
+            signal.signal(number, on_signal)
 
 say(device_line + (f", {world_size} processes" if ddp else ""))
 say(f"{data.folder}: {len(tokens['train']):,} tokens to train on, {len(tokens['val']):,} to validate")
@@ -437,7 +454,7 @@ while True:
     lr = get_lr(iter_num)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    stats = torch.zeros(2, device=device)  # mean loss over this process's micro-batches, whether it was asked to stop
+    stats = torch.zeros(3, device=device)  # of this process: mean loss, whether to stop, whether data is damaged
     for micro_step in range(gradient_accumulation_steps // world_size):
         piece = micro_step * world_size + rank  # of the gradient_accumulation_steps micro-batches of this step
         # batch and dropout depend on the seed, the step and the piece alone: a resumed run repeats them
@@ -453,11 +470,13 @@ while True:
         stats[0] += loss.detach()
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
-    stats[1] = asked
+    stats[1], stats[2] = asked, damaged
     if ddp:  # all processes see the same loss, and stop at the same step
         dist.all_reduce(stats)
         stats[0] /= world_size
-    step_loss, stop = stats.tolist()
+    step_loss, stop, damaged = stats.tolist()
+    if damaged:  # before the weights are touched
+        break
     # float16 gradients overflow now and then: the scaler skips such steps and scales less
     overflow = dtype == "float16" and scaler.get_scale() >= 1
     if not math.isfinite(step_loss) or not math.isfinite(grad_norm) and not overflow:
@@ -480,7 +499,7 @@ while True:
         # the first step warms up, and a CPU's peak has to be measured, so utilisation waits for the second line
         peak, _ = peak_flops(device, ptdtype) if iter_num > first_iter else (None, "")
         mfu = raw_model.estimate_mfu(gradient_accumulation_steps * batch_size / world_size, dt, peak) if peak else None
-        left = datetime.timedelta(seconds=round((max_iters - iter_num - 1) * dt))
+        left = datetime.timedelta(seconds=round(min((max_iters - iter_num - 1) * dt, 1e10)))
         say(
             f"iter {iter_num}: loss {step_loss:.4f}, time {dt * 1000:.2f}ms, "
             f"mfu {f'{mfu:.2%}' if mfu else 'unknown'}, eta {left}, "
@@ -496,15 +515,24 @@ while True:
 # -----------------------------------------------------------------------------
 # the end
 
-if exit_code == 0 and stop:
+if damaged and not eval_only and iter_num > saved_iter and save(LATEST):
+    saved_iter = iter_num
+if exit_code != 3 and saved_iter < iter_num:
+    exit_code = 1
+    say(f"the state of step {iter_num} could not be saved")
+elif damaged:
+    exit_code = 2
+    say(f"stopped at step {iter_num}: prepare the dataset again, then --init_from=resume --out_dir={out_dir}")
+elif stop:
     exit_code = 128 + (asked or signal.SIGTERM)  # where another process was asked, this one goes along
     say(f"stopped at step {iter_num}; to carry on: python train.py --init_from=resume --out_dir={out_dir}")
-elif exit_code == 0 and not eval_only:
+elif exit_code == 0 and iter_num > 0 and not eval_only:
     say(f"done: {iter_num} steps, best validation loss {best_val_loss:.4f}; python sample.py --out_dir={out_dir}")
-if exit_code != 3 and saved_iter < iter_num:
-    say(f"the state of step {iter_num} could not be saved")
-    exit_code = 1
 if ddp:
     dist.barrier()  # a process that leaves while another still saves can bring it down
     dist.destroy_process_group()
+try:
+    sys.stdout.flush()
+except OSError:  # gone, and Python would exit with a code of its own for it
+    sys.stdout = None
 sys.exit(exit_code)

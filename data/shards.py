@@ -10,6 +10,8 @@ little-endian token ids, uint16 or uint32. meta.json says of which type they are
 Folders without it are read as nanoGPT writes them: uint16, with the characters in meta.pkl, or GPT-2's tokens.
 """
 
+import argparse
+import contextlib
 import glob
 import hashlib
 import json
@@ -25,13 +27,29 @@ from data.tokenizer import CharTokenizer
 # writing
 
 
+@contextlib.contextmanager
+def prepare_script(doc):
+    """What a prepare.py runs in: --help prints doc; OSError and ValueError end it with one line and exit code 2, the
+    code for wrong usage, Ctrl-C with 130."""
+    try:
+        argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter).parse_args()
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError) as e:
+        named = isinstance(e, OSError) and e.filename and e.strerror
+        print("error:", f"{e.strerror}: {e.filename}" if named else " ".join(str(e).split()), file=sys.stderr)
+        sys.exit(2)
+
+
 class DatasetWriter:
     """Writes a dataset folder, whole or not at all:
 
         with DatasetWriter(folder, tokenizer, source="where the text is from") as out:
             out.write("train", ids)  # any number of times, for any split
 
-    The files take their places when the block ends; until then, and for good if it raises, the old ones stand.
+    The files take their places when the block ends; until then, and for good if it raises, the old ones stand. OSError
+    when they cannot be written.
     """
 
     def __init__(self, folder, tokenizer, source):
@@ -71,13 +89,12 @@ class DatasetWriter:
             if failure is None:
                 self.finish()
         except OSError as e:
-            failure = failure or e
-        if failure is not None:
+            e.filename = e.filename or self.folder  # a full disk names no file
+            raise
+        finally:
             for name in ("meta.json", *self.files):
-                if os.path.exists(self.path(name + ".tmp")):
+                with contextlib.suppress(OSError):
                     os.remove(self.path(name + ".tmp"))
-        if isinstance(failure, OSError):
-            sys.exit(f"error: {self.folder} is not written and stays as it was: {failure}")
 
     def finish(self):
         for entry in self.meta["files"].values():
@@ -145,11 +162,12 @@ def read_meta(folder):
         try:
             with open(path, encoding="utf-8") as f:
                 meta = json.load(f)
-            valid = type(meta["vocab_size"]) is int and meta["vocab_size"] > 0 and meta["dtype"] in ("uint16", "uint32")
+            valid = type(meta["vocab_size"]) is int and 0 < meta["vocab_size"] <= 2**32
+            valid = valid and meta["dtype"] in ("uint16", "uint32")
             valid = valid and all(type(entry["tokens"]) is int for entry in meta.get("files", {}).values())
             if valid and isinstance(meta.get("tokenizer"), dict | None):
                 return meta
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             pass
         raise ValueError(f"{path} is damaged: delete it and prepare the dataset again")
     path = os.path.join(folder, "meta.pkl")
@@ -159,7 +177,7 @@ def read_meta(folder):
         with open(path, "rb") as f:
             old = PlainUnpickler(f).load()
         meta = {"vocab_size": old["vocab_size"]}
-        if type(meta["vocab_size"]) is not int or meta["vocab_size"] < 1:
+        if type(meta["vocab_size"]) is not int or not 0 < meta["vocab_size"] <= 2**32:
             raise ValueError("vocab_size is not a whole number above 0")
         if "itos" in old:
             meta["tokenizer"] = CharTokenizer([old["itos"][i] for i in range(old["vocab_size"])]).description
@@ -204,7 +222,7 @@ class Tokens:
         if len(self) < block_size + 1:
             raise ValueError(
                 f"{self.paths[0]} has {len(self):,} tokens, fewer than block_size + 1 = {block_size + 1:,}: "
-                f"use more text, or --block_size={max(1, len(self) - 1)} or less"
+                "use more text" + (f", or --block_size={len(self) - 1} or less" if len(self) > 1 else "")
             )
         for path, shard in zip(self.paths, self.shards, strict=True):
             largest = int(shard[: 1 << 20].max())

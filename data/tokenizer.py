@@ -56,11 +56,12 @@ class CharTokenizer(Tokenizer):
         if (ids < 0).any():
             lacking = sorted({text[i] for i in np.flatnonzero(ids < 0)})
             shown = " ".join(repr(c) for c in lacking[:8]) + (" ..." if len(lacking) > 8 else "")
-            raise ValueError(f"no token for {shown}; the tokenizer knows {self.description['characters']!r}")
+            known = "".join(self.characters[:100]) + ("..." if self.vocab_size > 100 else "")
+            raise ValueError(f"no token for {shown}; the tokenizer knows {known!r}")
         return ids
 
     def token_bytes(self, i):
-        return self.characters[i].encode("utf-8", errors="replace")
+        return (self.characters[i] if i < self.vocab_size else "\N{REPLACEMENT CHARACTER}").encode(errors="replace")
 
 
 class TiktokenTokenizer(Tokenizer):

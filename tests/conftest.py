@@ -56,7 +56,9 @@ def script(capsys, monkeypatch):
 
     def run(name, *args):
         monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE") if hasattr(signal, name)]
+        handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
         capsys.readouterr()
         code = 0
         try:
@@ -64,8 +66,8 @@ def script(capsys, monkeypatch):
         except SystemExit as e:
             code = e.code or 0
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            for name, handler in handlers.items():
+                signal.signal(getattr(signal, name), handler)
             torch.set_grad_enabled(True)
         out, err = capsys.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)

@@ -32,15 +32,30 @@ def test_random_tokens_and_a_profile(script, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "bench_log" / "trace.json").read_text())["traceEvents"]
 
 
+def test_in_turns_with_another_model(script, tiny, tmp_path):
+    (tmp_path / "model.py").write_text("from model import GPT, GPTConfig\n")
+    path = tmp_path / "bench.json"
+    flags = [f"--dataset={tiny}", "--steps=3", "--decode_tokens=20", f"--classic={tmp_path}", f"--json={path}"]
+    result = script("bench.py", *FLAGS, *flags)
+    assert result.code == 0 and "ratio" in result.out
+    results = json.loads(path.read_text())
+    assert results["train ratio"] > 0 and results["decode classic"]["tokens_per_second"] > 0
+    (tmp_path / "model.py").write_text("1 / 0")
+    result = script("bench.py", *FLAGS, *flags)
+    assert result.code == 2 and "model.py: ZeroDivisionError" in result.err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--batch_size=0"], "batch_size must be at least 1"),
         (["--n_head=5"], "multiple of n_head"),
         (["--classic=nowhere"], "classic takes the folder"),
-        (["--steps=0", "--profile"], "profile needs training steps"),
+        (["--steps=0", "--profile"], "nothing to measure: give --steps=20"),
         (["--json=/dev/null/x"], "Not a directory"),
         (["--step=3"], "did you mean steps?"),
+        (["--steps=0"], "nothing to measure: give --steps=20 or --decode_tokens=256"),
+        (["--batch_size=1000000000000"], "too many for a step"),
     ],
 )
 def test_wrong_input_is_one_line(script, flags, message):

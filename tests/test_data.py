@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, TEXT
 
-from data.shards import Dataset, DatasetWriter, eval_windows, shuffle, train_windows
+from data.shards import Dataset, DatasetWriter, eval_windows, prepare_script, shuffle, train_windows
 from data.tokenizer import CharTokenizer, from_description
 
 
@@ -145,7 +145,7 @@ def test_an_interrupted_writer_leaves_what_was_there(tmp_path):
 
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
     with (
-        pytest.raises(SystemExit, match="stays as it was"),
+        pytest.raises(OSError, match="No space left on device"),
         DatasetWriter(str(tmp_path), CharTokenizer("ab"), "x") as out,
     ):
         out.write("train", [0])
@@ -211,6 +211,8 @@ def test_a_hostile_meta_pkl_is_refused_and_does_not_run(tmp_path):
         ("train.bin", b"ab" * 10, "meta.json says 4,400"),
         ("train.bin", None, "no train.bin as meta.json lists it"),
         ("meta.json", b"{", "damaged"),
+        ("meta.json", b"[" * 100_000, "damaged"),
+        ("meta.json", b'{"vocab_size": 10000000000, "dtype": "uint16"}', "damaged"),
         ("meta.json", b'{"vocab_size": "many", "dtype": "uint16"}', "damaged"),
         ("meta.json", b'{"vocab_size": 9, "dtype": "float64"}', "damaged"),
     ],
@@ -279,5 +281,34 @@ def test_shakespeare_char_without_network_says_what_to_do(tmp_path):
     run, folder = prepare(tmp_path, "shakespeare_char")
     nowhere = {**os.environ, "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "no_proxy": ""}
     result = run(env=nowhere)
-    assert result.returncode != 0 and "Traceback" not in result.stderr
-    assert "save it as" in result.stderr and not list(folder.glob("*.bin"))
+    assert (
+        result.returncode == 2 and result.stderr.startswith("error: cannot download") and "\n" not in result.stderr[:-1]
+    )
+    assert "save it as" in result.stderr and not list(folder.glob("*.bin")) and not list(folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(b"", "is empty"), (b"\xff\xfe\xfd", "is not UTF-8 text"), (None, "Is a directory")],
+)
+def test_shakespeare_char_refuses_what_is_no_text(tmp_path, content, message):
+    run, folder = prepare(tmp_path, "shakespeare_char")
+    (folder / "input.txt").mkdir() if content is None else (folder / "input.txt").write_bytes(content)
+    result = run()
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")]
+    assert result.returncode == 2 and len(errors) == 1 and message in errors[0] and not list(folder.glob("*.bin"))
+
+
+def test_a_prepare_script_that_cannot_write_says_so(tmp_path):
+    run, folder = prepare(tmp_path, "shakespeare_char")
+    (folder / "input.txt").write_text(TEXT * 10)
+    (folder / "train.bin.tmp").mkdir()
+    result = run()
+    assert result.returncode == 2 and "error: Is a directory" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_ctrl_c_in_a_prepare_script_is_quiet(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prepare.py"])
+    with pytest.raises(SystemExit) as e, prepare_script("A script."):
+        raise KeyboardInterrupt
+    assert e.value.code == 130 and capsys.readouterr().err == ""

@@ -1,6 +1,7 @@
 import io
 import re
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -153,6 +154,33 @@ def test_weights_that_are_not_finite_are_refused(sample, trained, tmp_path):
     state["model"]["transformer.ln_f.weight"][0] = float("nan")
     save_checkpoint(state, tmp_path)
     assert "weights are not finite" in sample(f"--init_from={tmp_path}", code=2).err
+
+
+def test_a_tokenizer_of_another_size_than_the_model(sample, trained, tmp_path):
+    state = read_checkpoint(trained / LATEST)
+    characters = state["tokenizer"]["characters"]
+    save_checkpoint({**state, "tokenizer": {"kind": "char", "characters": characters[:3]}}, tmp_path)
+    assert "\ufffd" in sample(f"--init_from={tmp_path}", f"--start={characters[0]}", "--max_new_tokens=9").out
+    save_checkpoint({**state, "tokenizer": {"kind": "char", "characters": characters + "é"}}, tmp_path)
+    assert "past the model's vocabulary" in sample(f"--init_from={tmp_path}", "--start=é", code=2).err
+
+
+@pytest.mark.parametrize("dataset", [3, None, ["x"], "nowhere"])
+def test_a_checkpoint_that_names_no_dataset_says_so(sample, trained, tmp_path, dataset):
+    state = read_checkpoint(trained / LATEST)
+    save_checkpoint({**state, "tokenizer": None, "config": {"dataset": dataset}}, tmp_path)
+    assert "nothing says which text" in sample(f"--init_from={tmp_path}", code=2).err
+
+
+def test_ctrl_c_and_too_little_memory_are_no_tracebacks(trained, start_process):
+    flags = [f"--out_dir={trained}", "--start=Call", "--device=cpu"]
+    process = start_process("sample.py", *flags, "--stream", "--max_new_tokens=1000000")
+    process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.communicate()[1] and process.returncode == 130
+    process = start_process("sample.py", *flags, "--num_samples=1000000000000")
+    err = process.communicate()[1]
+    assert "error: out of memory" in err and "Traceback" not in err and process.returncode == 2
 
 
 def test_a_closed_pipe_ends_it_quietly(trained, start_process):

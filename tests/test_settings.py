@@ -1,5 +1,7 @@
 import ast
+import os
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -66,6 +68,12 @@ def test_flags(settings, args, expected):
         (["--learning_rate=fast"], "takes a number such as 0.0006, not 'fast'"),
         (["--n_layer"], "--n_layer needs a value"),
         (["--n_layr"], "did you mean n_layer?"),
+        (["--"], "unknown setting --"),
+        (["--out_dir", "--compile"], "--out_dir needs a value"),
+        (["--learning_rate=1e999"], "takes a number such as 0.0006, not inf"),
+        (["--learning_rate=" + "9" * 400], "takes a number such as 0.0006, not one so large"),
+        (["--n_layer=" + "9" * 20], "takes a whole number such as 12, not one so large"),
+        (["--n_layer=" + "-" * 100_000], "takes a whole number such as 12, not '---"),
         (["config/train_shakespear_char_cpu.py"], "did you mean config/train_shakespeare_char_cpu.py?"),
     ],
 )
@@ -99,6 +107,10 @@ def test_config_files_compute_and_import_and_flags_win_by_order(settings, tmp_pa
         ("n_layer = = 3", "SyntaxError"),
         ("n_layer = 1 / 0", "ZeroDivisionError"),
         ("import no_such_module", "no_such_module"),
+        ("open('no_such_file')", "FileNotFoundError"),
+        ("exit(0)", "SystemExit: 0"),
+        ("n_layer = 10**400", "n_layer takes a whole number such as 12, not one so large"),
+        ("def f(): f()\nf()", "RecursionError"),
     ],
 )
 def test_wrong_config_files_are_one_line(settings, capsys, tmp_path, source, message):
@@ -108,6 +120,11 @@ def test_wrong_config_files_are_one_line(settings, capsys, tmp_path, source, mes
         settings(str(path))
     err = capsys.readouterr().err
     assert e.value.code == 2 and message in err and str(path) in err and err.count("\n") == 1
+
+
+def test_a_config_file_may_begin_with_a_byte_order_mark(settings, tmp_path):
+    (tmp_path / "config.py").write_bytes(b"\xef\xbb\xbfn_layer = 3\n")
+    assert settings(str(tmp_path / "config.py"))["n_layer"] == 3
 
 
 def test_a_near_miss_that_the_file_reads_itself_is_reported(settings, capsys, tmp_path):
@@ -160,3 +177,49 @@ def test_device_and_dtype(capsys):
         with pytest.raises(SystemExit):
             configurator.pick_device(device, dtype)
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def run_process(*args, **options):
+    return subprocess.run([sys.executable, *args], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX file descriptors")
+def test_scripts_start_without_standard_streams():
+    for args in (["--help"], ["--out_dir=nowhere"]):
+        result = run_process("sample.py", *args, preexec_fn=lambda: (os.close(0), os.close(1)))
+        assert result.returncode == (0 if args == ["--help"] else 2) and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs pipes that signal")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_into_a_closed_pipe_is_quiet(name):
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert run_process(name, "--help", stdout=writing).stderr == ""
+    os.close(writing)
+
+
+def test_names_that_the_terminal_cannot_show():
+    result = run_process("train.py", "--dataset=é", env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
+    assert result.returncode == 2 and "no dataset in data/?" in result.stderr.replace(os.sep, "/")
+
+
+@pytest.mark.parametrize(
+    "error, message, code",
+    [
+        (KeyboardInterrupt(), "\n", 130),
+        (MemoryError(), "error: out of memory (): lower --batch_size", 2),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "Tried to allocate 2.00 GiB)", 2),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "error: out of", 2),
+    ],
+)
+def test_last_words(capsys, error, message, code):
+    with pytest.raises(SystemExit) as e:
+        configurator.last_words(type(error), error, None)
+    err = capsys.readouterr().err
+    assert e.value.code == code and message in err and err.count("\n") == 1
+
+
+def test_mistakes_in_the_code_show_where_they_are(capsys):
+    configurator.last_words(KeyError, KeyError("x"), None)
+    assert "KeyError: 'x'" in capsys.readouterr().err

@@ -8,13 +8,16 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
-from model import BEST, LATEST, PREVIOUS, load_checkpoint, read_checkpoint, save_checkpoint
+from model import BEST, LATEST, PREVIOUS, load_checkpoint, load_optimizer, read_checkpoint, save_checkpoint
 
 
 def tensors(x, prefix=""):
@@ -293,7 +296,7 @@ def wait_for_line(process, pattern):
     raise AssertionError(f"it ended without {pattern!r}: {process.stderr.read()}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)])
 def test_a_signal_finishes_the_step_saves_and_exits(train, tiny_run, finished, start_process, tmp_path, number):
     out = f"--out_dir={tmp_path / 'stopped'}"
     process = start_process("train.py", *tiny_run.flags, out, "--max_iters=1000000")
@@ -301,6 +304,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(train, tiny_run, finished, s
     process.send_signal(number)
     rest, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number and "--init_from=resume" in rest and "Traceback" not in err
+    assert "finishing the step" in err
     state = read_checkpoint(tmp_path / "stopped" / LATEST)
     assert f"stopped at step {state['iter_num']}" in rest
     steps = max(20, state["iter_num"] + 1)
@@ -379,6 +383,15 @@ def test_a_full_disk_keeps_the_checkpoint_and_the_run(tiny_run, start_process):
     assert (tiny_run.out / LATEST).read_bytes() == before and not list(tiny_run.out.glob("*.tmp"))
 
 
+def test_a_log_on_a_full_disk_does_not_end_the_run(train, tiny_run, start_process):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    with open("/dev/full", "w") as full:
+        process = start_process("train.py", *tiny_run.flags, "--max_iters=3", stdout=full)
+        assert process.wait() == 0 and "Traceback" not in process.stderr.read()
+    assert read_checkpoint(tiny_run.out / LATEST)["iter_num"] == 3
+
+
 # ---- damaged and hostile files
 
 
@@ -400,6 +413,28 @@ def test_a_damaged_latest_falls_back_to_the_previous(train, tiny_run, finished, 
     assert f"{LATEST} is damaged" in result.err and f"resuming from {tiny_run.out / PREVIOUS} at step 10" in result.out
     assert_same_state(finished, read_checkpoint(tiny_run.out / LATEST))
     assert (tiny_run.out / (LATEST + ".damaged")).exists()
+
+
+def test_a_damaged_token_stops_the_run_and_is_mended(train, tiny_run, tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "damaged")
+    (folder / "meta.json").write_text(json.dumps({"vocab_size": 32, "dtype": "uint16"}))
+    good = np.arange((1 << 20) + 90_000, dtype="<u2") % 30
+    bad = good.copy()
+    bad[(1 << 20) + 60_000 :] = 999  # past what is looked at before the run, and past all evaluations
+    bad.tofile(folder / "train.bin")
+    flags = [*tiny_run.flags, f"--dataset={folder}", "--max_iters=30", "--seed=5"]
+    result = train(flags, code=2)
+    step = int(re.search(r"stopped at step (\d+)", result.out)[1])
+    assert "train: has a token id 999" in result.err and step == 6
+    assert read_checkpoint(tiny_run.out / LATEST)["iter_num"] == step
+    good.tofile(folder / "train.bin")
+    train(flags, "--init_from=resume")
+    train(flags, f"--out_dir={tmp_path / 'whole'}")
+    assert_same_state(read_checkpoint(tmp_path / "whole" / LATEST), read_checkpoint(tiny_run.out / LATEST))
+    bad[:] = 999
+    bad.tofile(folder / "val.bin")
+    bad.tofile(folder / "train.bin")
+    assert "vocabulary ends at 31" in train(flags, "--init_from=resume", code=2).err
 
 
 def test_any_flipped_bit_is_found_or_harmless(tmp_path):
@@ -450,7 +485,7 @@ def test_hostile_checkpoints_are_refused_and_do_not_run(script, tiny_run, tmp_pa
         (["--n_head=3"], "n_embd (16) must be a multiple of n_head (3)"),
         (["--dropout=1.0"], "dropout must lie in [0, 1)"),
         (["--block_size=100000"], "use more text, or --block_size="),
-        (["--n_embd=2000000000000"], "allocate memory"),
+        (["--n_embd=2000000000000"], "past all machines"),
         (["--wsd_decay_frac=0.0"], "wsd_decay_frac must lie between 0 and 1"),
         (["--beta1=1.5"], "beta1 must lie between 0 and 1"),
         (["--lr_schedule=sine"], "lr_schedule takes cosine"),
@@ -462,6 +497,12 @@ def test_hostile_checkpoints_are_refused_and_do_not_run(script, tiny_run, tmp_pa
         (["config/nothing.py"], "no config file config/nothing.py"),
         (["--n_laier=3"], "did you mean n_layer?"),
         (["--out_dir=/dev/null/x"], "Not a directory"),
+        (["--out_dir="], "out_dir must not be empty"),
+        (["--batch_size=1000000000000"], "too many for a micro-batch"),
+        (["--n_layer=1000000000000"], "past all machines"),
+        (["--max_iters=1e30"], "takes a whole number such as 600000, not one so large"),
+        (["--backend=tcp"], "backend takes auto, nccl, gloo"),
+        (["--device=cpu:99"], "device takes"),
     ],
 )
 def test_wrong_input_is_one_line(script, tiny_run, flags, message):
@@ -504,20 +545,91 @@ def test_another_shape_than_the_checkpoints_is_refused(script, tiny_run, finishe
     "change, message",
     [
         (dict(model=[1]), "it has no model"),
-        (dict(model={"a": 1}), "not made of tensors"),
+        (dict(model={"a": 1}), "not made of dense tensors"),
         (dict(model_args={"n_layer": "x"}), "n_layer must be a whole number"),
         (dict(tokenizer={"kind": "char"}), "another tokenizer"),
+        (dict(model={"a": torch.ones(2).to_sparse()}), "not made of dense tensors"),
+        (dict(model={"a": torch.ones(2, device="meta")}), "not made of dense tensors"),
         (dict(iter_num="x"), "its iter_num is a str"),
+        (dict(iter_num=-5), "out of range"),
+        (dict(best_val_loss=math.nan), "out of range"),
         (dict(config=[1]), "its config is a list"),
-        (dict(optimizer={"state": {}, "param_groups": []}), "of another model"),
+        (dict(config={"weight_decay": -1.0}), "weight_decay must not be negative"),
+        (dict(config={"weight_decay": math.nan}), "ckpt.pt: weight_decay takes a number such as 0.1, not nan"),
+        (dict(config={"compile": "maybe"}), "ckpt.pt: compile takes True or False"),
     ],
 )
 def test_checkpoints_with_strange_contents_are_refused(script, tiny_run, finished, change, message):
     (tiny_run.out / PREVIOUS).unlink()
-    save_checkpoint({**finished, **change}, tiny_run.out, BEST)
-    (tiny_run.out / BEST).replace(tiny_run.out / LATEST)
-    result = script("train.py", *tiny_run.flags, "--init_from=resume")
-    assert result.code == 2 and message in result.err and "Traceback" not in result.err
+    torch.save({**finished, **change}, tiny_run.out / LATEST)
+    flags = [flag for flag in tiny_run.flags if "compile" not in flag]
+    result = script("train.py", *flags, "--init_from=resume")
+    errors = [line for line in result.err.splitlines() if not line.startswith("settings:")]
+    assert result.code == 2 and len(errors) == 1 and message in errors[0]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {0: {}},
+        {0: dict(step=torch.tensor(1.0), exp_avg=torch.ones(3, 3), exp_avg_sq=torch.ones(3, 3))},
+        {0: dict(step=torch.tensor(1.0), exp_avg=torch.ones(9, 16).to_sparse(), exp_avg_sq=torch.ones(9, 16))},
+        {0: dict(step=torch.ones(3), exp_avg=torch.ones(9, 16), exp_avg_sq=torch.ones(9, 16))},
+        {0: dict(step="x", exp_avg=torch.ones(9, 16), exp_avg_sq=torch.ones(9, 16))},
+    ],
+)
+def test_optimizer_states_that_do_not_fit_are_refused(state):
+    weight = torch.nn.Parameter(torch.ones(9, 16))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    weight.grad = torch.ones(9, 16)
+    optimizer.step()
+    saved = {**optimizer.state_dict(), "state": state}
+    if state == {}:
+        saved["param_groups"] = []
+    with pytest.raises(ValueError, match="of another model or optimizer"):
+        load_optimizer(optimizer, saved)
+
+
+def test_weights_and_states_that_share_memory_get_their_own(train, tiny_run, finished):
+    # an expanded tensor has fewer bytes than numbers: a kernel that takes it for dense would leave its memory
+    expanded = lambda t: torch.ones(1).expand(t.shape) if t.dim() else t  # noqa: E731
+    state = {i: {k: expanded(v) for k, v in s.items()} for i, s in finished["optimizer"]["state"].items()}
+    finished["model"]["transformer.ln_f.weight"] = torch.ones(1).expand(16)
+    finished["optimizer"] = {**finished["optimizer"], "state": state}
+    torch.save(finished, tiny_run.out / LATEST)
+    train(tiny_run.flags, "--init_from=resume", "--max_iters=22")
+    assert read_checkpoint(tiny_run.out / LATEST)["model"]["transformer.ln_f.weight"].unique().numel() > 1
+
+
+def test_a_readable_but_strange_latest_falls_back_to_the_previous(train, tiny_run, finished):
+    torch.save({**finished, "iter_num": -5}, tiny_run.out / LATEST)
+    assert "at step 10" in train(tiny_run.flags, "--init_from=resume").out
+    assert_same_state(finished, read_checkpoint(tiny_run.out / LATEST))
+
+
+def test_wandb_gets_the_records_and_its_errors_do_not_end_a_run(train, tiny_run, monkeypatch):
+    records = []
+
+    def log(record):
+        records.append(record)
+        if len(records) == 2:
+            raise RuntimeError("no route")
+
+    wandb = types.SimpleNamespace(init=lambda **settings: records.append(settings), log=log)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    result = train(tiny_run.flags, "--wandb_log", "--wandb_project=p", "--max_iters=3")
+    assert "WARNING: wandb does not log (no route)" in result.out
+    assert records[0]["project"] == "p" and records[0]["config"]["max_iters"] == 3
+    assert records[1:] == metrics(tiny_run.out)
+
+
+def test_a_job_without_the_processes_of_torchrun(script, tiny_run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")  # some clusters set it for purposes of their own
+    assert script("train.py", *tiny_run.flags, "--max_iters=1").code == 0
+    monkeypatch.setenv("RANK", "0")
+    result = script("train.py", *tiny_run.flags)
+    assert result.code == 2 and "unset RANK" in result.err
 
 
 # ---- processes and compilers

@@ -9,7 +9,6 @@ of 96 kinds; other versions a little more or less, each always the same. One doc
 name, is for validation.
 """
 
-import argparse
 import ast
 import hashlib
 import os
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, "..", ".."))
-from data.shards import DatasetWriter  # noqa: E402
+from data.shards import DatasetWriter, prepare_script  # noqa: E402
 from data.tokenizer import CharTokenizer  # noqa: E402
 
 PLAIN = str.maketrans({"‘": "'", "’": "'", "´": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "...", "\t": "    "})
@@ -33,7 +32,9 @@ def documents(library):
     try:
         f = open(os.path.join(library, "pydoc_data", "topics.py"), encoding="utf-8")
     except OSError as e:
-        sys.exit(f"error: this Python comes without its documentation ({e}): use one from python.org or a full package")
+        raise OSError(
+            f"this Python comes without its documentation ({e}): use one from python.org or a full package"
+        ) from None
     with f:
         tree = ast.parse(f.read())
     for name, text in sorted(ast.literal_eval(tree.body[-1].value).items()):
@@ -64,13 +65,13 @@ def plain(text):
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
-    splits = {"train": [], "val": []}
-    for name, text in documents(sysconfig.get_paths()["stdlib"]):
-        held_out = hashlib.sha256(name.encode()).digest()[0] < 26  # of 256
-        splits["val" if held_out else "train"].append(plain(text).strip() + "\n\n\n")
-    tokenizer = CharTokenizer(sorted(set("".join(splits["train"] + splits["val"]))))
-    print(f"{tokenizer.vocab_size} different characters")
-    with DatasetWriter(here, tokenizer, source=f"documentation of Python {sys.version.split()[0]}") as out:
-        for split, texts in splits.items():
-            out.write(split, tokenizer.encode("".join(texts)))
+    with prepare_script(__doc__):
+        splits = {"train": [], "val": []}
+        for name, text in documents(sysconfig.get_paths()["stdlib"]):
+            held_out = hashlib.sha256(name.encode()).digest()[0] < 26  # of 256
+            splits["val" if held_out else "train"].append(plain(text).strip() + "\n\n\n")
+        tokenizer = CharTokenizer(sorted(set("".join(splits["train"] + splits["val"]))))
+        print(f"{tokenizer.vocab_size} different characters")
+        with DatasetWriter(here, tokenizer, source=f"documentation of Python {sys.version.split()[0]}") as out:
+            for split, texts in splits.items():
+                out.write(split, tokenizer.encode("".join(texts)))

@@ -7,8 +7,9 @@ Downloads input.txt, or takes the one that lies beside this file, whatever text 
 1,003,854 tokens in train.bin and 111,540 in val.bin.
 """
 
-import argparse
+import contextlib
 import hashlib
+import http.client
 import os
 import sys
 import urllib.request
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, "..", ".."))
-from data.shards import DatasetWriter  # noqa: E402
+from data.shards import DatasetWriter, prepare_script  # noqa: E402
 from data.tokenizer import CharTokenizer  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -26,43 +27,44 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 def download(url, path):
     """Fetch url into path, which appears when all of it is there and its checksum is right. OSError otherwise."""
-    digest = hashlib.sha256()
-    with urllib.request.urlopen(url, timeout=30) as response, open(path + ".tmp", "wb") as f:
-        size = int(response.headers.get("Content-Length") or 0) or None
-        with tqdm(total=size, unit="B", unit_scale=True, desc="downloading") as bar:
-            while chunk := response.read(1 << 16):
-                f.write(chunk)
-                digest.update(chunk)
-                bar.update(len(chunk))
-    if digest.hexdigest() != SHA256:
-        raise OSError(f"{path}.tmp has another sha256 than expected, {SHA256}")
-    os.replace(path + ".tmp", path)
+    digest, temporary = hashlib.sha256(), path + ".tmp"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response, open(temporary, "wb") as f:
+            size = int(response.headers.get("Content-Length") or 0) or None
+            with tqdm(total=size, unit="B", unit_scale=True, desc="downloading") as bar:
+                while chunk := response.read(1 << 16):
+                    f.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+        if digest.hexdigest() != SHA256:
+            raise OSError(f"its sha256 is not {SHA256}")
+        os.replace(temporary, path)
+    except (OSError, http.client.HTTPException) as e:
+        raise OSError(
+            f"cannot download ({e or type(e).__name__}): fetch {url} elsewhere and save it as {path}"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
-    path = os.path.join(here, "input.txt")
-    if not os.path.exists(path):
-        try:
+    with prepare_script(__doc__):
+        path = os.path.join(here, "input.txt")
+        if not os.path.exists(path):
             download(URL, path)
-        except OSError as e:
-            if os.path.exists(path + ".tmp"):
-                os.remove(path + ".tmp")
-            sys.exit(f"error: cannot download ({e}): fetch {URL} elsewhere and save it as {path}")
-    with open(path, "rb") as f:
-        raw = f.read()
-    if hashlib.sha256(raw).hexdigest() != SHA256:
-        print(
-            f"WARNING: {path} is not tiny Shakespeare (its sha256 differs); delete it to download that", file=sys.stderr
-        )
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as e:
-        sys.exit(f"error: {path} is not UTF-8 text ({e})")
-    if len(text) < 2:
-        sys.exit(f"error: {path} is empty: delete it to download the text")
-    tokenizer = CharTokenizer(sorted(set(text)))
-    print(f"{len(text):,} characters, {tokenizer.vocab_size} different ones")
-    with DatasetWriter(here, tokenizer, source=URL) as out:
-        out.write("train", tokenizer.encode(text[: int(len(text) * 0.9)]))
-        out.write("val", tokenizer.encode(text[int(len(text) * 0.9) :]))
+        with open(path, "rb") as f:
+            raw = f.read()
+        if hashlib.sha256(raw).hexdigest() != SHA256:
+            print(f"WARNING: {path} is not tiny Shakespeare; delete it to download that", file=sys.stderr)
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{path} is not UTF-8 text ({e})") from None
+        if len(text) < 2:
+            raise ValueError(f"{path} is empty: delete it to download the text")
+        tokenizer = CharTokenizer(sorted(set(text)))
+        print(f"{len(text):,} characters, {tokenizer.vocab_size} different ones")
+        with DatasetWriter(here, tokenizer, source=URL) as out:
+            out.write("train", tokenizer.encode(text[: int(len(text) * 0.9)]))
+            out.write("val", tokenizer.encode(text[int(len(text) * 0.9) :]))
