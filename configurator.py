@@ -11,6 +11,7 @@ import ast
 import contextlib
 import ctypes
 import difflib
+import errno
 import glob
 import math
 import os
@@ -40,11 +41,13 @@ def usage_errors():
 
 
 def last_words(kind, error, trace):
-    """sys.excepthook of the scripts: Ctrl-C exits with 130, too little memory with one line and 2. Anything else is a
-    mistake in the code, and Python shows where."""
+    """sys.excepthook of the scripts: Ctrl-C exits with 130, too little memory or disk with one line and 2. All else is
+    a mistake in the code, and Python shows where."""
     if kind is KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
+    if issubclass(kind, OSError) and error.errno == errno.ENOSPC:
+        fail(error)
     if issubclass(kind, MemoryError) or re.search("out of memory|allocate", str(error).partition("\n")[0]):
         reason = ". ".join(str(error).split("\n")[0].split(". ")[:2])
         fail(f"out of memory ({reason}): lower --batch_size, --block_size, the model or, in sample.py, --num_samples")

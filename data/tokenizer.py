@@ -100,7 +100,7 @@ class TiktokenTokenizer(Tokenizer):
 def from_description(description):
     """The tokenizer that a description stands for. ValueError for one that is not understood."""
     kinds = {"char": (CharTokenizer, "characters"), "tiktoken": (TiktokenTokenizer, "name")}
-    if isinstance(description, dict) and description.get("kind") in kinds:
+    if isinstance(description, dict) and str(description.get("kind")) in kinds:
         tokenizer, field = kinds[description["kind"]]
         if isinstance(description.get(field), str):
             return tokenizer(description[field])

@@ -69,8 +69,9 @@ def test_a_vocabulary_that_cannot_be_loaded_is_reported(monkeypatch):
         from_description({"kind": "tiktoken", "name": "gpt2"})
     with pytest.raises(ValueError, match="no encoding gpt7"):
         from_description({"kind": "tiktoken", "name": "gpt7"})
-    with pytest.raises(ValueError, match="describes no tokenizer"):
-        from_description({"kind": "morse"})
+    for description in ({"kind": "morse"}, {"kind": ["char"]}, {"kind": "char", "characters": 3}, None):
+        with pytest.raises(ValueError, match="describes no tokenizer"):
+            from_description(description)
 
 
 def test_shards_are_one_stream(tmp_path):

@@ -208,6 +208,7 @@ def test_names_that_the_terminal_cannot_show():
     "error, message, code",
     [
         (KeyboardInterrupt(), "\n", 130),
+        (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device", 2),
         (MemoryError(), "error: out of memory (): lower --batch_size", 2),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "Tried to allocate 2.00 GiB)", 2),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "error: out of", 2),
