@@ -285,7 +285,8 @@ class GPT(nn.Module):
         """
         unknown = set(checkpoint["model_args"]) - {field.name for field in fields(GPTConfig)}
         if unknown:
-            raise ValueError(f"the checkpoint's model has settings unknown here: {', '.join(sorted(map(str, unknown)))}")
+            names = ", ".join(sorted(map(str, unknown)))
+            raise ValueError(f"the checkpoint's model has settings that are unknown here: {names}")
         config = GPTConfig(**{**checkpoint["model_args"], **override})
         # checkpoints from elsewhere may carry the prefixes of torch.compile and DDP, and attention masks
         weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
