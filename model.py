@@ -154,7 +154,7 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
     temperature 0 takes the likeliest token. top_k keeps the k likeliest; top_p keeps the fewest whose probabilities
     add up to p (nucleus sampling, https://arxiv.org/abs/1904.09751). None or 0 turns either off.
     """
-    if temperature == 0:
+    if temperature < 1e-30:  # what float32 takes for 0
         return logits.argmax(dim=-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)).float() / temperature  # no overflow if that is tiny
     if top_k:

@@ -125,7 +125,7 @@ def test_sampling_keeps_to_top_k_and_top_p():
     assert seen() == {0, 1, 2, 3} == seen(top_k=0, top_p=0.0) == seen(top_k=9, top_p=1.0)
     assert seen(top_k=2) == {0, 1}
     assert seen(top_p=1e-300) == {0} == seen(top_p=0.4) and seen(top_p=0.51) == {0, 1} and seen(top_p=0.85) == {0, 1, 2}
-    assert seen(temperature=0) == {0}
+    assert seen(temperature=0) == {0} == seen(temperature=1e-300)
     share = (sample_next(logits, temperature=0.5) == 0).float().mean().item()
     assert share == pytest.approx(0.25 / (0.25 + 0.09 + 0.0225 + 0.0025), abs=0.04)
 
