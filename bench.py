@@ -158,9 +158,9 @@ with usage_errors():
         sys.modules["classic_model"] = module  # dataclasses look themselves up there
         try:
             spec.loader.exec_module(module)
+            contenders["classic"] = module.GPT(module.GPTConfig(**shape)).to(device)
         except Exception as e:  # it is somebody else's code
             fail(f"{path}: {type(e).__name__}: {e}")
-        contenders["classic"] = module.GPT(module.GPTConfig(**shape)).to(device)
 ours = contenders["plainGPT"]
 parameters = ours.get_num_params(non_embedding=False)
 results = {"device": device_line, "dtype": dtype, "compile": compile, "torch": torch.__version__}
