@@ -193,7 +193,7 @@ def print_help(script):
     with open(script["__file__"], "rb") as f:
         comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.tokenize(f.readline) if t.string[:1] == "#"}
     lines = setting_lines(script["__file__"])
-    print(script["__doc__"].strip() + "\n\nsettings:")
+    print((script["__doc__"] or "").strip() + "\n\nsettings:")  # python -OO leaves it out
     first, last = min(n for n, _ in lines.values()), max(n for n, _ in lines.values())
     written = {number: f"  --{name}={default}" for name, (number, default) in lines.items()}
     for number in range(first - 1, last + 1):

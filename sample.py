@@ -61,8 +61,10 @@ with usage_errors():
         print(f"{name}: step {checkpoint.get('iter_num', 'unknown')}", file=sys.stderr)
     else:
         checkpoint, model = {}, GPT.from_pretrained(init_from)
-    if not all(p.isfinite().all() for p in model.parameters()):
-        fail("the model's weights are not finite: its run diverged; take an earlier checkpoint with --init_from=")
+    with torch.no_grad():
+        logits, _ = model.eval()(torch.zeros(1, 1, dtype=torch.int64))
+    if not all(x.isfinite().all() for x in (logits, *model.parameters())):
+        fail("the model's numbers are not finite: its run diverged; take an earlier checkpoint with --init_from=")
     slide = min(slide, model.config.block_size)
 
     # nanoGPT's checkpoints bring no tokenizer: it is that of their dataset, or GPT-2's
@@ -85,7 +87,7 @@ with usage_errors():
     if len(stop_ids) != 1:
         fail(f"stop must be one token, but {stop!r} is {len(stop_ids)}")
 
-model.eval().to(device, getattr(torch, dtype))
+model.to(device, getattr(torch, dtype))
 if compile and can_compile(device):
     model.compile(dynamic=True)
 generator = torch.Generator(device).manual_seed(seed)

@@ -153,7 +153,11 @@ def test_weights_that_are_not_finite_are_refused(sample, trained, tmp_path):
     state = read_checkpoint(trained / LATEST)
     state["model"]["transformer.ln_f.weight"][0] = float("nan")
     save_checkpoint(state, tmp_path)
-    assert "weights are not finite" in sample(f"--init_from={tmp_path}", code=2).err
+    assert "numbers are not finite" in sample(f"--init_from={tmp_path}", code=2).err
+    for key in ("h.0.mlp.c_fc", "h.0.mlp.c_proj", "h.1.mlp.c_fc", "h.1.mlp.c_proj", "ln_f"):
+        state["model"][f"transformer.{key}.weight"].fill_(1e30)
+    save_checkpoint(state, tmp_path)  # finite, but no number that comes of it is
+    assert "numbers are not finite" in sample(f"--init_from={tmp_path}", code=2).err
 
 
 def test_a_tokenizer_of_another_size_than_the_model(sample, trained, tmp_path):
