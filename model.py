@@ -15,13 +15,14 @@ PaLM appendix B, https://arxiv.org/abs/2204.02311 (FLOPs, MFU).
 """
 
 import functools
+import json
 import math
 import os
 import re
 import sys
 import time
 import zipfile
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -29,6 +30,28 @@ from torch.nn import functional as F
 
 # -----------------------------------------------------------------------------
 # the parts
+
+
+CLASSIC = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+SIZES = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, n_hidden=0, n_kv_head=0, head_dim=0)  # least
+
+
+def swiglu(x):
+    """https://arxiv.org/abs/2002.05202: half of the channels gate the other half."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+NORMS = {
+    "layernorm": lambda size, config: nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias),
+    "rmsnorm": lambda size, config: nn.RMSNorm(size, eps=config.norm_eps),
+}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),  # as OpenAI's GPT-2 has it
+    "swiglu": swiglu,
+    "relu2": lambda x: F.relu(x).square(),  # https://arxiv.org/abs/2109.08668
+}
 
 
 @dataclass
@@ -42,18 +65,49 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # whether Linear and LayerNorm have biases, as GPT-2's do
+    # choices that came later, each one by itself; the defaults are GPT-2's
+    norm: str = "layernorm"  # layernorm, rmsnorm
+    position: str = "learned"  # learned, rope
+    mlp: str = "gelu"  # gelu, gelu_tanh, swiglu, relu2
+    n_hidden: int = 0  # width of the MLP; 0: 4 * n_embd, or as many weights for swiglu
+    n_kv_head: int = 0  # heads of keys and values, shared by groups of the n_head query heads; 0: n_head
+    qk_norm: bool = False  # normalise queries and keys
+    tied: bool = True  # the output layer shares the token embeddings' weights
+    head_dim: int = 0  # channels of a head; 0: n_embd / n_head
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: tuple = ()  # Llama 3's: factor, low_freq_factor, high_freq_factor, original block_size
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
-        if self.n_embd % self.n_head:
+        for name, least in SIZES.items():
+            if type(getattr(self, name)) is not int or getattr(self, name) < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
+        for name, known in (("norm", NORMS), ("position", ("learned", "rope")), ("mlp", ACTIVATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} takes {', '.join(known)}, not {getattr(self, name)!r}")
+        if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head ({self.n_head}) must be a multiple of n_kv_head ({self.n_kv_head})")
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"rope turns pairs of channels, so the heads' {self.head_dim} must be even")
+        if not self.n_hidden:
+            self.n_hidden = -(-8 * self.n_embd // 24) * 8 if self.mlp == "swiglu" else 4 * self.n_embd
         weights = (12 * self.n_layer * self.n_embd + self.vocab_size + self.block_size) * self.n_embd
         if weights > 1e14:
             raise ValueError(f"a model of {weights:.1e} parameters is past all machines: lower n_layer or n_embd")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+
+    def to_dict(self):
+        """The fields as keyword arguments; those beyond GPT-2's are left out where they follow from the others, so
+        that nanoGPT reads the checkpoints of what it can build."""
+        values = asdict(self)
+        classic = {name: values[name] for name in CLASSIC}
+        implied = asdict(GPTConfig(**classic))
+        return classic | {name: value for name, value in values.items() if value != implied[name]}
 
 
 class KVCache:
@@ -81,7 +135,29 @@ def attention(q, k, v, dropout=0.0):
         # on CPUs the backward pass of attention is slower in bfloat16 than in float32, up to five times
         q, k, v = q.float(), k.float(), v.float()
     with torch.autocast(q.device.type, enabled=False):  # the inputs' own dtype it is
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=1 < T == S)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=1 < T == S, enable_gqa=q.size(1) > k.size(1)
+        )
+
+
+def rope_angles(positions, config):
+    """Cosines and sines, (T, D) each, by which rotary embeddings (https://arxiv.org/abs/2104.09864) turn channels i and
+    i + D/2 of queries and keys at positions, (T,). Long waves are stretched by rope_scaling as Llama 3.1 does it."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents  # radians per position, (D/2,)
+    if config.rope_scaling:
+        factor, low, high, original = config.rope_scaling
+        turns = original * frequencies / (2 * math.pi)  # in the context that the model was first trained on
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / factor
+    angles = (positions[:, None] * frequencies).repeat(1, 2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """x, (B, H, T, D), with the pairs of its channels turned."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-right, left), dim=-1) * sin.to(x.dtype)
 
 
 _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -105,45 +181,51 @@ class Linear(nn.Linear):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys, values of all heads
-        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)
+        D = config.head_dim
+        self.c_attn = Linear(config.n_embd, sum(self.heads) * D, bias=config.bias)  # queries, keys, values of all heads
+        self.c_proj = Linear(config.n_head * D, config.n_embd, bias=config.bias)
+        self.q_norm, self.k_norm = (NORMS[config.norm](D, config) if config.qk_norm else nn.Identity() for _ in "qk")
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x, cache=None):
+    def forward(self, x, rope=None, cache=None):
         B, T, C = x.size()
-        qkv = self.c_attn(x).split(C, dim=2)
-        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in qkv)  # (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, sum(self.heads), -1).transpose(1, 2)
+        q, k, v = qkv.split(self.heads, dim=1)  # (B, H, T, D), and (B, n_kv_head, T, D) twice
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, S, D)
         y = attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, -1)
         return self.resid_dropout(self.c_proj(y))
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU()
-        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        gates = 2 if config.mlp == "swiglu" else 1
+        self.c_fc = Linear(config.n_embd, gates * config.n_hidden, bias=config.bias)
+        self.act = ACTIVATIONS[config.mlp]
+        self.c_proj = Linear(config.n_hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = NORMS[config.norm](config.n_embd, config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = NORMS[config.norm](config.n_embd, config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, rope=None, cache=None):
+        x = x + self.attn(self.ln_1(x), rope, cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -180,15 +262,19 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd) if config.position == "learned" else None,
                 drop=nn.Dropout(config.dropout),
                 h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
+                ln_f=NORMS[config.norm](config.n_embd, config),
             )
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # tied, https://arxiv.org/abs/1608.05859
+        self.tie()
         self.init_weights()
+
+    def tie(self):
+        if self.config.tied:  # https://arxiv.org/abs/1608.05859
+            self.transformer.wte.weight = self.lm_head.weight
 
     @torch.no_grad()
     def init_weights(self):
@@ -201,13 +287,17 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 p.zero_()
             else:
-                p.fill_(1.0)  # LayerNorm's gain
+                p.fill_(1.0)  # a norm's gain
 
     def get_num_params(self, non_embedding=True):
         """Number of parameters; by default without the position embeddings. The token embeddings count: they are
         the output layer's weights, too."""
         n = sum(p.numel() for p in self.parameters())
-        return n - self.transformer.wpe.weight.numel() if non_embedding else n
+        return n - sum(p.numel() for p in self.positions()) if non_embedding else n
+
+    def positions(self):
+        """The weights of learned positions, if there are any."""
+        return [self.transformer.wpe.weight] if self.transformer.wpe is not None else []
 
     def forward(self, idx, targets=None, caches=None):
         """Token ids idx, (B, T), to (logits, loss).
@@ -221,9 +311,14 @@ class GPT(nn.Module):
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} tokens do not fit the model's block_size of {self.config.block_size}")
         positions = torch.arange(start, start + T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))  # (B, T, C)
+        x, rope = self.transformer.wte(idx), None  # (B, T, C)
+        if self.transformer.wpe is None:
+            rope = rope_angles(positions, self.config)
+        else:
+            x = x + self.transformer.wpe(positions)
+        x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, caches[i] if caches else None)
+            x = block(x, rope, caches[i] if caches else None)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
@@ -274,6 +369,8 @@ class GPT(nn.Module):
         if block_size > self.config.block_size:
             raise ValueError(f"block_size {block_size} is past the {self.config.block_size} that the model has")
         self.config.block_size = block_size
+        if self.transformer.wpe is None:
+            return
         kept = self.transformer.wpe.weight.detach()[:block_size].clone()
         self.transformer.wpe = nn.Embedding.from_pretrained(kept, freeze=False)
 
@@ -302,29 +399,79 @@ class GPT(nn.Module):
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             raise ValueError("weights do not fit the model: " + "; ".join(lines[:4]) + more)
         model.load_state_dict({k: v.float().contiguous() for k, v in weights.items()}, assign=True)
-        model.transformer.wte.weight = model.lm_head.weight
+        model.tie()
         return model
 
     @classmethod
     def from_pretrained(cls, name, override_args=None):
-        """GPT-2 from the Hugging Face Hub (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or from a local folder of that
-        format. override_args may hold dropout. OSError when it is not to be had. GELU is exact here, as in nanoGPT;
-        OpenAI's own model has its tanh approximation, which gives slightly other logits."""
-        from transformers import GPT2LMHeadModel
+        """A GPT-2, Llama or Qwen3 model in the format of transformers: a folder, or a name on the Hugging Face Hub
+        (gpt2, gpt2-medium, gpt2-large, gpt2-xl, HuggingFaceTB/SmolLM2-135M, ...). override_args may hold dropout.
 
-        try:
-            hub = GPT2LMHeadModel.from_pretrained(name)
-        except OSError as e:
-            reason = str(e).strip().split("\n")[0]
-            raise OSError(
-                f"{name} is not cached here and cannot be loaded from the Hugging Face Hub: {reason}"
-            ) from None
-        sizes = dict(n_layer=hub.config.n_layer, n_head=hub.config.n_head, n_embd=hub.config.n_embd)
-        model_args = dict(sizes, block_size=hub.config.n_positions, vocab_size=hub.config.vocab_size, bias=True)
-        # GPT-2 as published keeps the matrices of its blocks as (in, out), nn.Linear as (out, in)
-        transposed = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-        weights = {k: v.t().contiguous() if k.endswith(transposed) else v for k, v in hub.state_dict().items()}
-        return cls.from_checkpoint({"model": weights, "model_args": model_args}, **(override_args or {}))
+        The weights are read tensor by tensor into their places, as float32. OSError when the model is not to be had,
+        ValueError when it has something that cannot be built here, or names every weight that does not fit.
+        """
+        config = hub_config(name)
+        with torch.device("meta"):
+            model = cls(GPTConfig(**{**from_hub_config(config), **(override_args or {})}))
+        model.to_empty(device="cpu")
+        model.tie()
+        places, wrong = model.hub_layout(), []
+        for theirs, tensor in hub_weights(name):
+            theirs = theirs.removeprefix("transformer.")  # gpt2 on the Hub is stored without, GPT2LMHeadModel with it
+            place = places.pop(theirs, None)
+            if place is not None and place.shape == tensor.shape:
+                with torch.no_grad():
+                    place.copy_(tensor)
+            elif place is not None:
+                wrong.append(f"{theirs} is {tuple(tensor.shape)} instead of {tuple(place.shape)}")
+            elif not theirs.endswith(HUB_EXTRAS) and not (theirs == "lm_head.weight" and model.config.tied):
+                wrong.append(f"{theirs} is unknown")
+        wrong += [f"{theirs} is missing" for theirs in places]
+        if wrong:
+            more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+            raise ValueError(f"the weights of {name} do not fit its config.json: {'; '.join(wrong[:8])}{more}")
+        return model
+
+    def save_pretrained(self, folder, eot=None):
+        """Write config.json, generation_config.json and model.safetensors into folder, for GPT2LMHeadModel,
+        LlamaForCausalLM or Qwen3ForCausalLM of transformers. eot: id of the token that ends a text, if there is one.
+
+        ValueError names what no class there can express, OSError what cannot be written.
+        """
+        import safetensors.torch
+        from transformers import GenerationConfig
+
+        hub = to_hub_config(self.config, eot) | dict(dtype=str(self.lm_head.weight.dtype).removeprefix("torch."))
+        weights = {name: place.detach().contiguous() for name, place in self.hub_layout().items()}
+        if hub["model_type"] == "gpt2" and not self.config.bias:  # there biases cannot be left out
+            for name, weight in list(weights.items()):
+                if re.search(r"(ln_\w|c_attn|c_proj|c_fc)\.weight$", name):
+                    weights[name.replace("weight", "bias")] = weight.new_zeros(weight.size(-1))
+        os.makedirs(folder, exist_ok=True)
+        safetensors.torch.save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as f:
+            json.dump(hub, f, indent=2)
+        GenerationConfig(bos_token_id=eot, eos_token_id=eot).save_pretrained(folder)
+
+    def hub_layout(self):
+        """{name: place} of the weights of the transformers class that has this architecture: each place is a view of a
+        parameter here, in the shape that the weight has there."""
+        config, places = self.config, {}
+        family = hub_family(config)
+        heads = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+        for name, p in self.named_parameters():
+            name = name.removeprefix("transformer.")
+            if family == "gpt2":
+                # its Conv1D keeps the matrices of the blocks as (in, out), nn.Linear as (out, in)
+                places[name] = p.t() if name.startswith("h.") and p.dim() == 2 else p
+                continue
+            module, _, kind = name.rpartition(".")  # kind: weight or bias
+            layer = re.match(r"h\.(\d+)\.", module)
+            theirs = LLAMA_NAMES[module[layer.end() :] if layer else module]
+            rows = {1: [len(p)], 2: [config.n_hidden] * 2, 3: heads}[len(theirs)]
+            for part, piece in zip(theirs, p.split(rows), strict=True):
+                places[f"model.layers.{layer[1]}.{part}.{kind}" if layer else f"{part}.{kind}"] = piece
+        return places
 
     # ---- training
 
@@ -341,9 +488,11 @@ class GPT(nn.Module):
 
     def flops_per_token(self):
         """Floating-point operations that training on one token takes at full block_size: 6 for each weight of a
-        matrix product, and 12 * n_layer * n_embd * T for attention (PaLM appendix B)."""
-        matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2) - self.transformer.wpe.weight.numel()
-        return 6 * matrices + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
+        matrix product, and 12 * n_layer * n_head * head_dim * T for attention (PaLM appendix B)."""
+        looked_up = self.positions() + ([] if self.config.tied else [self.transformer.wte.weight])
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2) - sum(p.numel() for p in looked_up)
+        attended = self.config.n_head * self.config.head_dim * self.config.block_size
+        return 6 * matrices + 12 * self.config.n_layer * attended
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak=None):
         """Model FLOPs utilisation: the share of the peak (FLOP/s; found by peak_flops when not given) that training
@@ -374,6 +523,158 @@ def load_optimizer(optimizer, saved):
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         pass
     raise ValueError("the optimizer state is of another model or optimizer")
+
+
+# -----------------------------------------------------------------------------
+# the formats of Hugging Face transformers
+
+LLAMA_NAMES = {  # modules here, and those of LlamaForCausalLM and Qwen3ForCausalLM that they are made of, row on row
+    "wte": ["model.embed_tokens"],
+    "ln_1": ["input_layernorm"],
+    "attn.c_attn": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attn.q_norm": ["self_attn.q_norm"],
+    "attn.k_norm": ["self_attn.k_norm"],
+    "attn.c_proj": ["self_attn.o_proj"],
+    "ln_2": ["post_attention_layernorm"],
+    "mlp.c_fc": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.c_proj": ["mlp.down_proj"],
+    "ln_f": ["model.norm"],
+    "lm_head": ["lm_head"],
+}
+HUB_EXTRAS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")  # constants that older files carry
+HUB_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}  # of GPT-2
+
+
+def hub_family(config):
+    """The model type of transformers that has the architecture of a GPTConfig. ValueError says why none has."""
+    families = {
+        "gpt2": dict(
+            norm=["layernorm"], position=["learned"], mlp=["gelu", "gelu_tanh"], qk_norm=[False],
+            n_kv_head=[config.n_head], head_dim=[config.n_embd // config.n_head],
+        ),
+        "llama": dict(norm=["rmsnorm"], position=["rope"], mlp=["swiglu"], qk_norm=[False]),
+        "qwen3": dict(norm=["rmsnorm"], position=["rope"], mlp=["swiglu"], qk_norm=[True], bias=[False]),
+    }  # fmt: skip
+    lacking = {
+        family: [f"{k}={getattr(config, k)}" for k, known in wanted.items() if getattr(config, k) not in known]
+        for family, wanted in families.items()
+    }
+    nearest = min(lacking, key=lambda family: len(lacking[family]))
+    if lacking[nearest]:
+        raise ValueError(
+            f"no class of transformers has this model's {', '.join(lacking[nearest])} ({nearest} is nearest)"
+        )
+    return nearest
+
+
+def hub_config(name):
+    """The config of transformers of a folder or Hub name. OSError when it is not to be had."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as e:
+        reason = str(e).strip().split("\n")[0]
+        raise OSError(f"{name} is not to be had, here or from the Hugging Face Hub: {reason}") from None
+
+
+def from_hub_config(config):
+    """GPTConfig's arguments for a config of transformers. ValueError names all that cannot be built here."""
+    family, rope = config.model_type, getattr(config, "rope_parameters", None) or {}
+    known = {"quantization_config": [None]}
+    if family == "gpt2":
+        known |= dict(activation_function=HUB_ACTIVATIONS, scale_attn_weights=[True], add_cross_attention=[False])
+        known |= dict(scale_attn_by_inverse_layer_idx=[False])
+    elif family in ("llama", "qwen3"):
+        known |= dict(hidden_act=["silu"], use_sliding_window=[False], mlp_bias=[config.attention_bias])
+        known |= dict(attention_bias=[False] if family == "qwen3" else [False, True])
+    else:
+        raise ValueError(f"models of type {family} are not supported; gpt2, llama and qwen3 are")
+    wrong = [
+        f"{k}={getattr(config, k)}" for k, v in known.items() if hasattr(config, k) and getattr(config, k) not in v
+    ]
+    scaling = rope.get("rope_type", "default")
+    if scaling not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+        wrong.append(f"rope_parameters={rope}")
+    if wrong:
+        raise ValueError(f"this {family} model has what is not supported: {', '.join(wrong)}")
+    if family == "gpt2":
+        return dict(
+            block_size=config.n_positions, vocab_size=config.vocab_size, n_layer=config.n_layer, n_head=config.n_head,
+            n_embd=config.n_embd, mlp=HUB_ACTIVATIONS[config.activation_function], n_hidden=config.n_inner or 0,
+            norm_eps=config.layer_norm_epsilon, tied=config.tie_word_embeddings, bias=True,
+        )  # fmt: skip
+    stretch = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return dict(
+        block_size=config.max_position_embeddings, vocab_size=config.vocab_size, n_layer=config.num_hidden_layers,
+        n_head=config.num_attention_heads, n_kv_head=config.num_key_value_heads, n_embd=config.hidden_size,
+        head_dim=config.head_dim or 0, n_hidden=config.intermediate_size, norm="rmsnorm", position="rope", mlp="swiglu",
+        qk_norm=family == "qwen3", bias=config.attention_bias, tied=config.tie_word_embeddings,
+        norm_eps=config.rms_norm_eps, rope_theta=float(rope["rope_theta"]),
+        rope_scaling=tuple(rope[name] for name in stretch) if scaling == "llama3" else (),
+    )  # fmt: skip
+
+
+def to_hub_config(config, eot=None):
+    """config.json of transformers, as a dict, for a GPTConfig. ValueError when no class there can express it."""
+    from transformers import GPT2Config, LlamaConfig, Qwen3Config
+
+    family = hub_family(config)
+    shared = dict(vocab_size=config.vocab_size, bos_token_id=eot, eos_token_id=eot, tie_word_embeddings=config.tied)
+    if family == "gpt2":
+        hub = GPT2Config(
+            n_positions=config.block_size, n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
+            n_inner=config.n_hidden, activation_function="gelu" if config.mlp == "gelu" else "gelu_new",
+            layer_norm_epsilon=config.norm_eps, resid_pdrop=config.dropout, embd_pdrop=config.dropout,
+            attn_pdrop=config.dropout, **shared,
+        )  # fmt: skip
+        also = dict(architectures=["GPT2LMHeadModel"], n_ctx=config.block_size)  # llama.cpp reads n_ctx
+    else:
+        rope = dict(rope_type="default", rope_theta=config.rope_theta)
+        if config.rope_scaling:
+            factor, low, high, original = config.rope_scaling
+            rope.update(rope_type="llama3", factor=factor, low_freq_factor=low, high_freq_factor=high)
+            rope.update(original_max_position_embeddings=original)
+        hub = (LlamaConfig if family == "llama" else Qwen3Config)(
+            hidden_size=config.n_embd, intermediate_size=config.n_hidden, num_hidden_layers=config.n_layer,
+            num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head, head_dim=config.head_dim,
+            max_position_embeddings=config.block_size, rms_norm_eps=config.norm_eps, attention_bias=config.bias,
+            rope_parameters=rope, **(dict(mlp_bias=config.bias) if family == "llama" else {}), **shared,
+        )  # fmt: skip
+        also = dict(architectures=["LlamaForCausalLM" if family == "llama" else "Qwen3ForCausalLM"])
+        also.update(
+            rope_theta=config.rope_theta, rope_scaling=rope if config.rope_scaling else None
+        )  # before version 5
+    return json.loads(hub.to_json_string()) | also
+
+
+def hub_weights(name):
+    """Yield (name, tensor) of each weight in the files of a folder or Hub name, one or several, safetensors or bin.
+    OSError when there are none."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    def find(file):
+        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if path := find(file):
+            paths = [path]
+        elif index := find(file + ".index.json"):
+            with open(index, encoding="utf-8") as f:
+                paths = [find(shard) for shard in sorted(set(json.load(f)["weight_map"].values()))]
+        else:
+            continue
+        for path in paths:
+            if file.endswith(".bin"):
+                yield from torch.load(
+                    path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+                ).items()
+            else:
+                with safe_open(path, "pt") as f:
+                    yield from ((key, f.get_tensor(key)) for key in f.keys())
+        return
+    raise OSError(f"{name} has neither model.safetensors nor pytorch_model.bin")
 
 
 # -----------------------------------------------------------------------------
