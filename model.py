@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as recompute
 
 # -----------------------------------------------------------------------------
 # the parts
@@ -271,6 +272,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie()
         self.init_weights()
+        self.gradient_checkpointing = False  # for training: each block's inputs are kept, the rest is computed again
 
     def tie(self):
         if self.config.tied:  # https://arxiv.org/abs/1608.05859
@@ -318,7 +320,10 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(positions)
         x = self.transformer.drop(x)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, rope, caches[i] if caches else None)
+            if self.gradient_checkpointing and self.training:
+                x = recompute(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, caches[i] if caches else None)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
@@ -749,16 +754,19 @@ def is_plain(x):
 
 def find_checkpoint(init_from, names, out_dir):
     """What init_from means: (checkpoint, file name). 'resume' is out_dir; a folder stands for the first readable of
-    `names` in it; a file is read; a GPT-2 size has none: (None, None). OSError and ValueError as below."""
-    if init_from == "resume" or os.path.isdir(init_from):
-        return load_checkpoint(out_dir if init_from == "resume" else init_from, names)
+    `names` in it; a file is read. What from_pretrained takes, a folder with a config.json or a name on the Hub, has
+    none: (None, None). OSError and ValueError as below."""
+    if init_from == "resume":
+        return load_checkpoint(out_dir, names)
+    if os.path.exists(os.path.join(init_from, "config.json")):
+        return None, None
+    if os.path.isdir(init_from):
+        return load_checkpoint(init_from, names)
     if os.path.exists(init_from) or init_from.endswith(".pt"):
         return read_checkpoint(init_from), init_from
-    if init_from.startswith("gpt2"):
+    if re.fullmatch(r"gpt2(-medium|-large|-xl)?|[\w.-]+/[\w.-]+", init_from):
         return None, None
-    raise ValueError(
-        f"init_from takes resume, a GPT-2 size (gpt2-medium), a checkpoint or its folder, not {init_from!r}"
-    )
+    raise ValueError(f"init_from takes resume, a checkpoint, a folder or a name on the Hub as gpt2, not {init_from!r}")
 
 
 def load_checkpoint(folder, names=(LATEST, PREVIOUS)):

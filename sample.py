@@ -7,7 +7,8 @@ Generate text with a trained GPT.
     echo "Once upon" | python sample.py --out_dir=out --start=-        the prompt is on standard input
     python sample.py --out_dir=out --stream                            print each token as it comes
     python sample.py --out_dir=out --interactive                       continue whatever you type
-    python sample.py --init_from=gpt2-xl --start="What is the answer?" GPT-2 itself, or a path to a checkpoint
+    python sample.py --init_from=gpt2-xl --start="What is the answer?" GPT-2 itself, or any Llama or Qwen3 on the Hub
+    python sample.py --out_dir=out --export=folder                     write it for transformers, vLLM, llama.cpp ...
 
 The checkpoint brings its tokenizer along; the same seed gives the same text. Exit codes: 0 done, 2 wrong usage, 130
 stopped by Ctrl-C.
@@ -21,11 +22,11 @@ import torch
 
 from configurator import can_compile, configure, end_with_the_pipe, fail, pick_device, usage_errors
 from data.shards import read_meta
-from data.tokenizer import from_description
+from data.tokenizer import from_description, from_hub
 from model import BEST, GPT, LATEST, PREVIOUS, find_checkpoint
 
 # -----------------------------------------------------------------------------
-init_from = "resume"  # resume (the best checkpoint in out_dir, or the latest), gpt2*, a checkpoint or its folder
+init_from = "resume"  # resume (the best checkpoint in out_dir, or the latest), a checkpoint, a Hub name or folder
 out_dir = "out"
 start = "\n"  # the prompt, or FILE:prompt.txt, or - for standard input
 num_samples = 10
@@ -37,12 +38,13 @@ stop = ""  # end a sample at this text, which must be one token; empty: go on to
 slide = 1  # tokens to drop when block_size is full; more is faster from there on, see GPT.stream
 stream = False  # print tokens as they come, sample after sample; False: all samples at once, in a batch
 interactive = False  # read prompts from the terminal, line after line; implies stream
+export = ""  # instead of sampling, write model and tokenizer into this folder in the format of transformers
 seed = 1337
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16
 compile = False  # torch.compile the model: pays off for long texts on GPUs
 # -----------------------------------------------------------------------------
-configure(globals())
+_, given = configure(globals())
 end_with_the_pipe()
 
 for name in ("num_samples", "max_new_tokens", "slide"):
@@ -60,7 +62,7 @@ with usage_errors():
         model = GPT.from_checkpoint(checkpoint, dropout=0.0)
         print(f"{name}: step {checkpoint.get('iter_num', 'unknown')}", file=sys.stderr)
     else:
-        checkpoint, model = {}, GPT.from_pretrained(init_from)
+        checkpoint, model = {"tokenizer": from_hub(init_from)}, GPT.from_pretrained(init_from)
     with torch.no_grad():
         logits, _ = model.eval()(torch.zeros(1, 1, dtype=torch.int64))
     if not all(x.isfinite().all() for x in (logits, *model.parameters())):
@@ -77,6 +79,12 @@ with usage_errors():
             f"nothing says which text the {model.config.vocab_size} tokens stand for: put meta.pkl into the data folder"
         )
     tokenizer = from_description(description or {"kind": "tiktoken", "name": "gpt2"})
+
+    if export:
+        model.to(getattr(torch, dtype) if "dtype" in given else torch.float32).save_pretrained(export, tokenizer.eot)
+        tokenizer.save_pretrained(export)
+        print(f"written: {export}, for AutoModelForCausalLM and AutoTokenizer")
+        sys.exit(0)
 
     if start == "-":
         start = sys.stdin.read()
@@ -96,7 +104,7 @@ sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=stop_ids
 
 def encode(prompt):
     """A prompt as (1, T) token ids on the device. ValueError if it is empty or the tokenizer lacks a character."""
-    ids = tokenizer.encode(prompt).tolist()
+    ids = tokenizer.prompt(prompt).tolist()
     if not ids and tokenizer.eot is None:
         raise ValueError("the prompt is empty: give at least one character with --start=")
     if max(ids, default=0) >= model.config.vocab_size:

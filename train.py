@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import can_compile, check, configure, fail, pick_device, usage_errors
 from data.shards import Dataset, eval_windows, train_windows
-from data.tokenizer import from_description
+from data.tokenizer import from_description, from_hub, same_tokens
 from model import BEST, GPT, LATEST, PREVIOUS, GPTConfig, find_checkpoint, load_optimizer, peak_flops, save_checkpoint
 
 # -----------------------------------------------------------------------------
@@ -46,7 +46,7 @@ eval_only = False  # evaluate once and exit
 log_interval = 1  # steps from log line to log line
 always_save_checkpoint = True  # save ckpt.pt at every evaluation; False: only when the validation loss is a new best
 save_interval = 0  # save ckpt.pt every so many steps as well; 0: only as above
-init_from = "scratch"  # scratch, resume, auto (resume if possible), gpt2*, a checkpoint or its folder
+init_from = "scratch"  # scratch, resume, auto (resume if possible), a checkpoint or its folder, a Hub name or folder
 # Weights & Biases
 wandb_log = False  # log there as well as in metrics.jsonl
 wandb_project = "owt"
@@ -62,6 +62,16 @@ n_head = 12
 n_embd = 768
 dropout = 0.0  # against overfitting on small data: 0.1 to 0.3
 bias = False  # whether LayerNorm and Linear layers have biases
+# architecture: each choice by itself; the defaults are GPT-2's, config/modern.py has today's
+norm = "layernorm"  # layernorm, rmsnorm
+position = "learned"  # learned, rope
+rope_theta = 10000.0  # wavelength of rope's slowest channels, over 2 pi
+mlp = "gelu"  # gelu, gelu_tanh, swiglu, relu2
+n_hidden = 0  # width of the MLP; 0: 4 * n_embd, or as many weights for swiglu
+n_kv_head = 0  # heads of keys and values, each shared by a group of query heads; 0: n_head
+qk_norm = False  # normalise queries and keys
+tied = True  # the output layer shares the weights of the token embeddings
+gradient_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
 # AdamW
 learning_rate = 6e-4  # peak, after the warmup
 max_iters = 600000  # steps in all
@@ -172,17 +182,17 @@ with usage_errors():
     tokens = {split: data.split(split) for split in ("train", "val")}
     if init_from == "scratch":
         torch.manual_seed(seed)
-        vocab_size = data.vocab_size or GPTConfig.vocab_size
-        shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, vocab_size=vocab_size)
-        model = GPT(GPTConfig(**shape, bias=bias, dropout=dropout))
+        shape = {field.name: config[field.name] for field in dataclasses.fields(GPTConfig) if field.name in config}
+        model = GPT(GPTConfig(**shape, vocab_size=data.vocab_size or GPTConfig.vocab_size))
     elif checkpoint:
         model = GPT.from_checkpoint(checkpoint, dropout=dropout)
     else:
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-    for name in ("n_layer", "n_head", "n_embd", "bias"):
-        if name in given and config[name] != getattr(model.config, name):
-            fail(f"{name}={config[name]} was given, but the model of {init_from} has {getattr(model.config, name)}")
-        config[name] = getattr(model.config, name)
+    for name, value in dataclasses.asdict(model.config).items():
+        if name in config and name not in ("block_size", "dropout"):
+            if name in given and config[name] != value and (config[name] or type(value) is bool):  # 0: as it comes
+                fail(f"{name}={config[name]} was given, but the model of {init_from} has {value}")
+            config[name] = value
     if "block_size" not in given:
         config["block_size"] = block_size = model.config.block_size
     if block_size != model.config.block_size:
@@ -193,10 +203,10 @@ with usage_errors():
         stream.check(block_size, model.config.vocab_size)
 
     # where nothing names the tokenizer, a vocabulary of unknown size is taken to be GPT-2's
-    gpt2 = {"kind": "tiktoken", "name": "gpt2"}
-    had = checkpoint.get("tokenizer") if checkpoint else gpt2 if init_from.startswith("gpt2") else None
-    tokenizer = data.tokenizer or had or (None if data.vocab_size else gpt2)
-    if had and had != tokenizer:
+    there = data.tokenizer or (None if data.vocab_size else {"kind": "tiktoken", "name": "gpt2"})
+    had = checkpoint.get("tokenizer") if checkpoint else from_hub(init_from) if init_from != "scratch" else None
+    tokenizer = had or there
+    if had and there and not same_tokens(had, there):
         fail(f"the model was trained with another tokenizer than {data.folder} has: its token ids mean other text")
     model.to(device)
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
@@ -228,6 +238,7 @@ if resuming:
         fail(f"{checkpoint_name}: {e}; --init_from={out_dir} begins anew from its weights alone")
 checkpoint = None  # its memory is needed
 
+model.gradient_checkpointing = gradient_checkpointing
 raw_model = model
 if compile and can_compile(device):
     model.compile(dynamic=False)  # a short last batch of an evaluation gets a graph of its own
@@ -316,7 +327,7 @@ def save(name):
         return True
     state = {
         "model": raw_model.state_dict(),
-        "model_args": dataclasses.asdict(raw_model.config),
+        "model_args": raw_model.config.to_dict(),
         "iter_num": iter_num,
         "best_val_loss": best_val_loss,
         "config": config,
