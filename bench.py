@@ -5,25 +5,30 @@ How fast a GPT trains and generates on this machine, beside what the hardware co
     python bench.py config/train_shakespeare_char_cpu.py     the model, batch and data of a run
     python bench.py --real_data=False --decode_tokens=0      training alone, on random tokens
     python bench.py --profile                                and a trace of it for chrome://tracing or Perfetto
+    python bench.py config/train_shakespeare_char_cpu.py --compare=config/modern.py     two architectures, in turns
     python bench.py --classic=../nanoGPT                     in turns with nanoGPT, from a folder that has it
 
 Utilisation (MFU) is of the data sheet's peak on a GPU, and of a large matrix product measured in the same run on a CPU.
 Generating one token reads every weight once, so its bound is the memory's measured bandwidth over the model's bytes.
+Models in turns see the same batches; the loss named is the mean of the last tenth of the steps.
 """
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from json import dump
+from json import dump, load
 
 import torch
 
-from configurator import can_compile, configure, end_with_the_pipe, fail, pick_device, usage_errors
+from configurator import can_compile, configure, end_with_the_pipe, fail, pick_device, read_config, usage_errors
 from data.shards import Dataset, train_windows
-from model import GPT, GPTConfig, peak_flops
+from model import CLASSIC, GPT, GPTConfig, peak_flops
 
 # -----------------------------------------------------------------------------
 # what
@@ -34,9 +39,20 @@ n_head = 12
 n_embd = 768
 dropout = 0.0
 bias = False
+norm = "layernorm"
+position = "learned"
+rope_theta = 10000.0
+mlp = "gelu"
+n_hidden = 0
+n_kv_head = 0
+qk_norm = False
+tied = True
+gradient_checkpointing = False
+learning_rate = 1e-3  # the same in all steps
 real_data = True  # train on the dataset, with its loading in the time; False, or no such dataset: on random tokens
 dataset = "openwebtext"
-classic = ""  # a folder with nanoGPT's model.py, to measure in turns with ours
+compare = ""  # a config file: measure the model that it makes of these settings, too, in turns
+classic = ""  # a folder with nanoGPT's model.py, to measure in turns
 # how long
 steps = 20  # training steps to time; 0: none
 decode_tokens = 256  # tokens to generate; 0: none
@@ -51,12 +67,12 @@ dtype = "auto"  # auto, float32, bfloat16, float16
 compile = True  # torch.compile the training step
 seed = 1337
 # -----------------------------------------------------------------------------
-configure(globals())
-
+settings, _ = configure(globals())
 end_with_the_pipe()
+
 for name in ("batch_size", "block_size", "decode_batch"):
-    if globals()[name] < 1:
-        fail(f"{name} must be at least 1, not {globals()[name]}")
+    if settings[name] < 1:
+        fail(f"{name} must be at least 1, not {settings[name]}")
 if steps < 1 and (profile or decode_tokens < 1):
     fail("nothing to measure: give --steps=20" + ("" if profile else " or --decode_tokens=256"))
 if batch_size * (block_size + 1) >= 2**31:
@@ -77,10 +93,16 @@ if real_data:
             tokens.check(block_size, vocab_size)
     except (OSError, ValueError) as e:
         print(f"random tokens: {e}")
-shape = dict(block_size=block_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size)
-shape.update(dropout=dropout, bias=bias)
 compile = compile and steps > 0 and can_compile(device)
 autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32")
+
+
+def build(settings):
+    """The model of these settings, on the device."""
+    fields = [field.name for field in dataclasses.fields(GPTConfig) if field.name in settings]
+    model = GPT(GPTConfig(**{name: settings[name] for name in fields}, vocab_size=vocab_size)).to(device)
+    model.gradient_checkpointing = settings["gradient_checkpointing"]
+    return model
 
 
 def sync():
@@ -92,9 +114,8 @@ def sync():
 def get_batch(i):
     """Inputs and targets of step i, two (B, T) on the device."""
     if tokens:
-        xy = torch.from_numpy(
-            tokens.windows(train_windows(len(tokens), block_size, seed, i * batch_size, batch_size), block_size + 1)
-        )
+        starts = train_windows(len(tokens), block_size, seed, i * batch_size, batch_size)
+        xy = torch.from_numpy(tokens.windows(starts, block_size + 1))
     else:
         xy = torch.randint(vocab_size, (batch_size, block_size + 1))
     xy = xy.pin_memory().to(device, non_blocking=True) if device_type == "cuda" else xy.to(device)
@@ -103,7 +124,7 @@ def get_batch(i):
 
 def training(model, precision):
     """A function that trains model one step on batch i and returns the loss, as train.py does it."""
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device_type)
+    optimizer = model.configure_optimizers(0.1, learning_rate, (0.9, 0.95), device_type)
     scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
     forward = torch.compile(model) if compile else model
 
@@ -122,12 +143,13 @@ def training(model, precision):
     return step
 
 
-def seconds_of(function, *args):
+def timed(function, *args):
+    """(seconds, what it returns) of function(*args)."""
     sync()
     start = time.perf_counter()
-    function(*args)
+    value = function(*args)
     sync()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, value
 
 
 def peak_memory():
@@ -140,61 +162,95 @@ def peak_memory():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def peak_memory_alone(*more):
+    """The peak memory of this script when it trains one model alone, in a process of its own, with more arguments."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "bench.json")
+        flags = ["--compare=", "--classic=", "--profile=False", "--decode_tokens=0", "--steps=3", f"--json={path}"]
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], *more, *flags], capture_output=True, check=True)
+        with open(path, encoding="utf-8") as f:
+            return load(f)["peak_memory"]
+
+
 def memory_bandwidth():
     """Bytes per second that the device reads, at best of five sums over 1 GiB."""
     ones = torch.ones(1 << 28, device=device)
-    return ones.nbytes / min(seconds_of(ones.sum) for _ in range(5))
+    return ones.nbytes / min(timed(ones.sum)[0] for _ in range(5))
 
 
 # -----------------------------------------------------------------------------
 with usage_errors():
-    contenders = {"plainGPT": GPT(GPTConfig(**shape)).to(device)}
-    if classic:
-        path = os.path.join(classic, "model.py")
-        if not os.path.exists(path):
-            fail(f"no {path}: classic takes the folder of a copy of nanoGPT")
-        spec = importlib.util.spec_from_file_location("classic_model", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["classic_model"] = module  # dataclasses look themselves up there
-        try:
-            spec.loader.exec_module(module)
-            contenders["classic"] = module.GPT(module.GPTConfig(**shape)).to(device)
-        except Exception as e:  # it is somebody else's code
-            fail(f"{path}: {type(e).__name__}: {e}")
-ours = contenders["plainGPT"]
-parameters = ours.get_num_params(non_embedding=False)
+    ours = {"plainGPT": build(settings)}
+    if compare:
+        other = os.path.splitext(os.path.basename(compare))[0]
+        ours[other] = build({**settings, **read_config(compare, {**globals(), **settings}, settings)})
+contenders = dict(ours)
+if classic:
+    path = os.path.join(classic, "model.py")
+    if not os.path.exists(path):
+        fail(f"no {path}: classic takes the folder of a copy of nanoGPT")
+    spec = importlib.util.spec_from_file_location("classic_model", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["classic_model"] = module  # dataclasses look themselves up there
+    try:
+        spec.loader.exec_module(module)
+        shape = {name: getattr(ours["plainGPT"].config, name) for name in CLASSIC}
+        contenders["classic"] = module.GPT(module.GPTConfig(**shape)).to(device)
+    except Exception as e:  # it is somebody else's code
+        fail(f"{path}: {type(e).__name__}: {e}")
 results = {"device": device_line, "dtype": dtype, "compile": compile, "torch": torch.__version__}
-results |= {"parameters": parameters, "batch_size": batch_size, **shape}
-print(f"model: {parameters / 1e6:.2f}M parameters; {batch_size} x {block_size} tokens a step")
+results |= {"batch_size": batch_size, "models": {}}
+for name, model in ours.items():
+    shape, count = model.config, model.get_num_params(non_embedding=False)
+    cache = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * ptdtype.itemsize
+    results["models"][name] = {"config": shape.to_dict(), "parameters": count, "cache_bytes_per_token": cache}
+    print(f"{name}: {count / 1e6:.2f}M parameters, KV cache {cache:,} bytes a token")
+
+
+def compare_with_first(kind):
+    """Print how the tokens per second of the other contenders compare with ours."""
+    first, *others = (name for name in contenders if f"{kind} {name}" in results)
+    for name in others:
+        ratio = results[f"{kind} {first}"]["tokens_per_second"] / results[f"{kind} {name}"]["tokens_per_second"]
+        results[f"{kind} {first} / {name}"] = ratio
+        print(f"  {first} / {name}: {ratio:.2f}")
+
 
 if steps > 0:
     # nanoGPT computes in float32 on CPUs, whatever its dtype
     plain = contextlib.nullcontext() if device_type == "cpu" else autocast
     step = {name: training(model, plain if name == "classic" else autocast) for name, model in contenders.items()}
-    for name in contenders:
-        print(f"{name}: loss of the first step {step[name](0):.4f}")
-    times = {name: [] for name in contenders}
+    first_losses = {name: step[name](0) for name in contenders}
+    times, losses = ({name: [] for name in contenders} for _ in range(2))
     begin = time.perf_counter()
     for i in range(1, steps + 1):
         for name in contenders:
-            times[name].append(seconds_of(step[name], i))
+            dt, loss = timed(step[name], i)
+            times[name].append(dt)
+            losses[name].append(loss)
         if i >= 3 and time.perf_counter() - begin > seconds:
             break
     peak, source = peak_flops(device, ptdtype)
-    print(f"training, median of {i} steps; peak: {f'{peak / 1e12:.3g} TFLOP/s, ' if peak else ''}{source}")
+    print(
+        f"training, {batch_size} x {block_size} tokens a step, median of {i} steps; "
+        f"peak: {f'{peak / 1e12:.3g} TFLOP/s, ' if peak else ''}{source}"
+    )
+    results["peak_memory"] = peak_memory()
     for name in contenders:
         dt = statistics.median(times[name])
-        mfu = ours.estimate_mfu(batch_size, dt, peak) if peak else None
-        row = {"ms": dt * 1e3, "tokens_per_second": batch_size * block_size / dt, "mfu": mfu}
+        mfu = ours.get(name, ours["plainGPT"]).estimate_mfu(batch_size, dt, peak) if peak else None
+        row = {"ms": dt * 1e3, "steps_per_second": 1 / dt, "tokens_per_second": batch_size * block_size / dt}
+        row |= {"mfu": mfu, "first_loss": first_losses[name], "loss": statistics.mean(losses[name][-(-i * 9 // 10) :])}
+        if compare and name in ours:
+            row["peak_memory"] = peak_memory_alone(*([] if name == "plainGPT" else [compare]))
         results[f"train {name}"] = row
-        utilisation = f", MFU {mfu:.1%}" if mfu else ""
-        print(f"  {name:<9} {row['ms']:9.2f} ms a step, {row['tokens_per_second']:9,.0f} tokens/s{utilisation}")
-    if classic:
-        results["train ratio"] = (
-            results["train plainGPT"]["tokens_per_second"] / results["train classic"]["tokens_per_second"]
-        )
-        print(f"  ratio {results['train ratio']:.2f}")
-    results["peak_memory"] = peak_memory()
+        print(
+            f"  {name:<9} {row['ms']:9.2f} ms a step, {row['steps_per_second']:.2f} it/s, "
+            f"{row['tokens_per_second']:9,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else "")
+            + f", loss {row['first_loss']:.4f} -> {row['loss']:.4f}"
+            + (f", peak memory {row['peak_memory'] / 2**30:.2f} GiB" if row.get("peak_memory") else "")
+        )  # fmt: skip
+    compare_with_first("train")
     if results["peak_memory"]:
         print(f"peak memory of all of this {results['peak_memory'] / 2**30:.2f} GiB")
 
@@ -204,42 +260,35 @@ if profile:
     with torch.profiler.profile() as profiler:
         for i in range(5):
             step["plainGPT"](i)
-    print(
-        profiler.key_averages().table(
-            sort_by=f"self_{'cuda' if device_type == 'cuda' else 'cpu'}_time_total",
-            row_limit=20,
-            max_name_column_width=50,
-        )
-    )
+    sort_by = f"self_{'cuda' if device_type == 'cuda' else 'cpu'}_time_total"
+    print(profiler.key_averages().table(sort_by=sort_by, row_limit=20, max_name_column_width=50))
     profiler.export_chrome_trace(os.path.join("bench_log", "trace.json"))
     print("trace of five steps: bench_log/trace.json")
 
 if decode_tokens > 0:
     bandwidth = memory_bandwidth()
-    for model in contenders.values():
-        model.eval()
-    ours.to(ptdtype)
-    n_bytes = sum(p.nbytes for name, p in ours.named_parameters() if "wpe" not in name)
-    bound = bandwidth / n_bytes
-    print(
-        f"generating {decode_tokens} tokens in {dtype}; at {bandwidth / 1e9:.1f} GB/s of memory bandwidth one sequence "
-        f"cannot exceed {bound:.1f} tokens/s"
-    )
+    print(f"generating {decode_tokens} tokens in {dtype}; the memory reads {bandwidth / 1e9:.1f} GB/s")
     for B in (1, decode_batch):
-        prompt = torch.randint(vocab_size, (B, 1), device=device)
-        ours.generate(prompt, 8)
-        rate = B * decode_tokens / seconds_of(ours.generate, prompt, decode_tokens)
-        results[f"decode {B}"] = {"tokens_per_second": rate, "bound": B * bound}
-        share = f", {rate / bound:.0%} of the bound" if B == 1 else ""
-        print(f"  plainGPT  {B:3} at once {rate:9,.1f} tokens/s{share}")
-    if classic:
-        prompt = prompt[:1]
-        with torch.no_grad():
-            contenders["classic"].generate(prompt, 8)
-            rate = decode_tokens / seconds_of(contenders["classic"].generate, prompt, decode_tokens)
-        results["decode classic"] = {"tokens_per_second": rate}
-        one, many = (results[f"decode {B}"]["tokens_per_second"] / rate for B in (1, decode_batch))
-        print(f"  classic     1 at once {rate:9,.1f} tokens/s; ratios {one:.1f} and {many:.1f}")
+        for name, model in ours.items():
+            model.eval().to(ptdtype)
+            looked_up = {id(p) for p in model.looked_up()}
+            bound = bandwidth / sum(p.nbytes for p in model.parameters() if id(p) not in looked_up)
+            prompt = torch.randint(vocab_size, (B, 1), device=device)
+            model.generate(prompt, 8)
+            rate = B * decode_tokens / timed(model.generate, prompt, decode_tokens)[0]
+            results[f"decode {B} {name}"] = {"tokens_per_second": rate, "bound": B * bound}
+            share = f", {rate / bound:.0%} of the bound {bound:,.1f}" if B == 1 else ""
+            print(f"  {name:<9} {B:3} at once {rate:9,.1f} tokens/s{share}")
+        if classic:
+            # it has no batches with a cache: together or alone, one after another is what it does best
+            if B == 1:
+                model = contenders["classic"].eval()
+                with torch.no_grad():
+                    model.generate(prompt, 8)
+                    rate_of_classic = decode_tokens / timed(model.generate, prompt, decode_tokens)[0]
+                print(f"  classic     1 at once {rate_of_classic:9,.1f} tokens/s")
+            results[f"decode {B} classic"] = {"tokens_per_second": rate_of_classic}
+        compare_with_first(f"decode {B}")
 
 if json:
     with usage_errors(), open(json, "w", encoding="utf-8") as f:

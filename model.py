@@ -301,6 +301,10 @@ class GPT(nn.Module):
         """The weights of learned positions, if there are any."""
         return [self.transformer.wpe.weight] if self.transformer.wpe is not None else []
 
+    def looked_up(self):
+        """The weights of which a token reads one row, and that take part in no matrix product."""
+        return self.positions() + ([] if self.config.tied else [self.transformer.wte.weight])
+
     def forward(self, idx, targets=None, caches=None):
         """Token ids idx, (B, T), to (logits, loss).
 
@@ -494,8 +498,7 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Floating-point operations that training on one token takes at full block_size: 6 for each weight of a
         matrix product, and 12 * n_layer * n_head * head_dim * T for attention (PaLM appendix B)."""
-        looked_up = self.positions() + ([] if self.config.tied else [self.transformer.wte.weight])
-        matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2) - sum(p.numel() for p in looked_up)
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2) - sum(p.numel() for p in self.looked_up())
         attended = self.config.n_head * self.config.head_dim * self.config.block_size
         return 6 * matrices + 12 * self.config.n_layer * attended
 
