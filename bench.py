@@ -240,7 +240,7 @@ if steps > 0:
         dt = statistics.median(times[name])
         mfu = ours.get(name, ours["plainGPT"]).estimate_mfu(batch_size, dt, peak) if peak else None
         row = {"ms": dt * 1e3, "steps_per_second": 1 / dt, "tokens_per_second": batch_size * block_size / dt}
-        row |= {"mfu": mfu, "first_loss": first_losses[name], "loss": statistics.mean(losses[name][-(-i * 9 // 10) :])}
+        row |= {"mfu": mfu, "first_loss": first_losses[name], "loss": statistics.mean(losses[name][-max(1, i // 10) :])}
         if compare and name in ours:
             row["peak_memory"] = peak_memory_alone(*([] if name == "plainGPT" else [compare]))
         results[f"train {name}"] = row

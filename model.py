@@ -43,10 +43,6 @@ def swiglu(x):
     return F.silu(gate) * up
 
 
-NORMS = {
-    "layernorm": lambda size, config: nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias),
-    "rmsnorm": lambda size, config: nn.RMSNorm(size, eps=config.norm_eps),
-}
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),  # as OpenAI's GPT-2 has it
@@ -111,6 +107,47 @@ class GPTConfig:
         return classic | {name: value for name, value in values.items() if value != implied[name]}
 
 
+class LeanRMSNorm(torch.autograd.Function):
+    """F.rms_norm with half of its passes over memory: PyTorch fuses it on GPUs, but not on CPUs."""
+
+    @staticmethod
+    def forward(ctx, x, gain, eps):
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        normed = x * scale
+        ctx.save_for_backward(normed, scale, gain)
+        return normed * gain
+
+    @staticmethod
+    def backward(ctx, grad):
+        normed, scale, gain = ctx.saved_tensors
+        product = grad * normed
+        # x / |x| does not change along x, so that part of the gradient goes
+        along = (product @ gain).unsqueeze(-1).div_(-grad.size(-1))
+        return (grad * gain).addcmul_(normed, along).mul_(scale), product.flatten(0, -2).sum(dim=0), None
+
+
+def rms_norm(x, gain, eps):
+    """x over its root mean square along the last dimension (https://arxiv.org/abs/1910.07467), times gain."""
+    if x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling():
+        return LeanRMSNorm.apply(x, gain.to(x.dtype), eps)
+    return F.rms_norm(x, x.shape[-1:], gain.to(x.dtype), eps)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return rms_norm(x, self.weight, self.eps)
+
+
+NORMS = {
+    "layernorm": lambda size, config: nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias),
+    "rmsnorm": lambda size, config: RMSNorm(size, config.norm_eps),
+}
+
+
 class KVCache:
     """One layer's keys and values of the tokens seen so far: (B, H, size, D) each, filled up to `length`."""
 
@@ -132,9 +169,6 @@ def attention(q, k, v, dropout=0.0):
     T, S = q.size(2), k.size(2)
     # is_causal aligns the first query with the first key, so it fits T == S alone; a single last query sees all keys
     mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    if q.is_cpu and q.requires_grad:
-        # on CPUs the backward pass of attention is slower in bfloat16 than in float32, up to five times
-        q, k, v = q.float(), k.float(), v.float()
     with torch.autocast(q.device.type, enabled=False):  # the inputs' own dtype it is
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=1 < T == S, enable_gqa=q.size(1) > k.size(1)
@@ -142,7 +176,7 @@ def attention(q, k, v, dropout=0.0):
 
 
 def rope_angles(positions, config):
-    """Cosines and sines, (T, D) each, by which rotary embeddings (https://arxiv.org/abs/2104.09864) turn channels i and
+    """Cosines and signed sines, (T, D) each: rotary embeddings (https://arxiv.org/abs/2104.09864) turn channels i and
     i + D/2 of queries and keys at positions, (T,). Long waves are stretched by rope_scaling as Llama 3.1 does it."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents  # radians per position, (D/2,)
@@ -151,14 +185,13 @@ def rope_angles(positions, config):
         turns = original * frequencies / (2 * math.pi)  # in the context that the model was first trained on
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = kept * frequencies + (1 - kept) * frequencies / factor
-    angles = (positions[:, None] * frequencies).repeat(1, 2)
-    return angles.cos(), angles.sin()
+    angles = positions[:, None] * frequencies
+    return angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=-1)
 
 
 def rotate(x, cos, sin):
     """x, (B, H, T, D), with the pairs of its channels turned."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-right, left), dim=-1) * sin.to(x.dtype)
+    return torch.addcmul(x * cos.to(x.dtype), x.roll(x.size(-1) // 2, dims=-1), sin.to(x.dtype))
 
 
 _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -193,6 +226,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rope=None, cache=None):
         B, T, C = x.size()
         qkv = self.c_attn(x).view(B, T, sum(self.heads), -1).transpose(1, 2)
+        if qkv.is_cpu and qkv.requires_grad:
+            qkv = qkv.float()  # on CPUs the backward pass of attention is up to five times slower in bfloat16
         q, k, v = qkv.split(self.heads, dim=1)  # (B, H, T, D), and (B, n_kv_head, T, D) twice
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:

@@ -1,0 +1,8 @@
+# Evaluate OpenAI's GPT-2 (124M) on OpenWebText.
+#   python train.py config/eval_gpt2.py
+
+init_from = "gpt2"
+eval_only = True
+eval_iters = 500  # more than while training, for a sharper figure
+batch_size = 8
+wandb_log = False

@@ -1,0 +1,24 @@
+# Finetune GPT-2 (124M) on Shakespeare: minutes on a GPU.
+#   python data/shakespeare/prepare.py
+#   python train.py config/finetune_shakespeare.py
+#   python sample.py --out_dir=out-shakespeare
+
+import time
+
+out_dir = "out-shakespeare"
+init_from = "gpt2"
+eval_interval = 5
+eval_iters = 40
+always_save_checkpoint = False  # it overfits soon, so keep what validates best
+wandb_log = False
+wandb_project = "shakespeare"
+wandb_run_name = "ft-" + str(time.time())
+
+dataset = "shakespeare"
+batch_size = 1
+gradient_accumulation_steps = 32
+block_size = 1024  # 32 x 1 x 1,024 = 32,768 tokens a step; an epoch of 301,966 is 9 steps
+max_iters = 20
+
+learning_rate = 3e-5
+decay_lr = False
