@@ -610,15 +610,30 @@ def hub_family(config):
     return nearest
 
 
+def hub_folder(name, *patterns):
+    """The folder that holds those files of a model: name itself if it is a folder, else a copy from the Hugging Face
+    Hub. OSError when it is not to be had."""
+    from huggingface_hub import snapshot_download
+
+    if os.path.isdir(name):
+        return name
+    try:
+        return snapshot_download(name, allow_patterns=patterns)
+    except Exception as e:  # the Hub's errors, and those of the network below
+        reason = str(e).strip().split("\n")[0]
+        raise OSError(f"{name} is not cached here and cannot be had from the Hugging Face Hub: {reason}") from None
+
+
 def hub_config(name):
-    """The config of transformers of a folder or Hub name. OSError when it is not to be had."""
+    """The config of transformers of a folder or Hub name. OSError when it is not to be had or is damaged."""
     from transformers import AutoConfig
 
+    folder = hub_folder(name, "config.json")
     try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as e:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as e:  # what a damaged one raises depends on where it is damaged
         reason = str(e).strip().split("\n")[0]
-        raise OSError(f"{name} is not to be had, here or from the Hugging Face Hub: {reason}") from None
+        raise OSError(f"config.json of {name} cannot be read: {reason or type(e).__name__}") from None
 
 
 def from_hub_config(config):
@@ -693,29 +708,29 @@ def to_hub_config(config, eot=None):
 
 def hub_weights(name):
     """Yield (name, tensor) of each weight in the files of a folder or Hub name, one or several, safetensors or bin.
-    OSError when there are none."""
+    OSError when there are none, ValueError when they are damaged."""
     from safetensors import safe_open
-    from transformers.utils import cached_file
 
-    def find(file):
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-
-    for file in ("model.safetensors", "pytorch_model.bin"):
-        if path := find(file):
-            paths = [path]
-        elif index := find(file + ".index.json"):
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        folder = hub_folder(name, f"{stem}*.{ending}", f"{stem}.{ending}.index.json")
+        files, index = [f"{stem}.{ending}"], os.path.join(folder, f"{stem}.{ending}.index.json")
+        if os.path.exists(index):
             with open(index, encoding="utf-8") as f:
-                paths = [find(shard) for shard in sorted(set(json.load(f)["weight_map"].values()))]
-        else:
+                files = sorted(set(json.load(f)["weight_map"].values()))
+        elif not os.path.exists(os.path.join(folder, files[0])):
             continue
-        for path in paths:
-            if file.endswith(".bin"):
-                yield from torch.load(
-                    path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-                ).items()
-            else:
-                with safe_open(path, "pt") as f:
-                    yield from ((key, f.get_tensor(key)) for key in f.keys())
+        for path in (os.path.join(folder, os.path.basename(file)) for file in files):
+            try:
+                if ending == "bin":
+                    in_parts = zipfile.is_zipfile(path)  # files from before PyTorch 1.6 are read as a whole
+                    yield from torch.load(path, map_location="cpu", weights_only=True, mmap=in_parts).items()
+                else:
+                    with safe_open(path, "pt") as f:
+                        for key in f.keys():
+                            yield key, f.get_tensor(key)
+            except Exception as e:  # what a damaged file raises depends on where it is damaged
+                reason = str(e).strip().split("\n")[0].split(". ")[0][:120]
+                raise ValueError(f"{path} cannot be read: {reason or type(e).__name__}") from None
         return
     raise OSError(f"{name} has neither model.safetensors nor pytorch_model.bin")
 

@@ -62,7 +62,8 @@ with usage_errors():
         model = GPT.from_checkpoint(checkpoint, dropout=0.0)
         print(f"{name}: step {checkpoint.get('iter_num', 'unknown')}", file=sys.stderr)
     else:
-        checkpoint, model = {"tokenizer": from_hub(init_from)}, GPT.from_pretrained(init_from)
+        model = GPT.from_pretrained(init_from)
+        checkpoint = {"tokenizer": from_hub(init_from)}
     with torch.no_grad():
         logits, _ = model.eval()(torch.zeros(1, 1, dtype=torch.int64))
     if not all(x.isfinite().all() for x in (logits, *model.parameters())):

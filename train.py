@@ -207,7 +207,10 @@ with usage_errors():
     had = checkpoint.get("tokenizer") if checkpoint else from_hub(init_from) if init_from != "scratch" else None
     tokenizer = had or there
     if had and there and not same_tokens(had, there):
-        fail(f"the model was trained with another tokenizer than {data.folder} has: its token ids mean other text")
+        fail(
+            f"the model was trained with another tokenizer than {data.folder} has: its token ids mean other text. "
+            "Prepare the text with the model's, as python data/shakespeare/prepare.py --tokenizer=... does"
+        )
     model.to(device)
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 

@@ -14,12 +14,15 @@ import argparse
 import contextlib
 import glob
 import hashlib
+import http.client
 import json
 import os
 import pickle
 import sys
+import urllib.request
 
 import numpy as np
+from tqdm import tqdm
 
 from data.tokenizer import CharTokenizer
 
@@ -28,18 +31,43 @@ from data.tokenizer import CharTokenizer
 
 
 @contextlib.contextmanager
-def prepare_script(doc):
-    """What a prepare.py runs in: --help prints doc; OSError and ValueError end it with one line and exit code 2, the
-    code for wrong usage, Ctrl-C with 130."""
+def prepare_script(doc, **options):
+    """What a prepare.py runs in: options are those of its command line, with their defaults, and --help prints doc.
+    OSError and ValueError end it with one line and exit code 2, the code for wrong usage, Ctrl-C with 130."""
     try:
-        argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter).parse_args()
-        yield
+        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
+        for name, default in options.items():
+            parser.add_argument(f"--{name}", default=default, help=f"default: {default}")
+        yield parser.parse_args()
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError) as e:
         named = isinstance(e, OSError) and e.filename and e.strerror
         print("error:", f"{e.strerror}: {e.filename}" if named else " ".join(str(e).split()), file=sys.stderr)
         sys.exit(2)
+
+
+def download(url, path, sha256):
+    """Fetch url into path, which appears when all of it is there and its checksum is right. OSError otherwise."""
+    digest, temporary = hashlib.sha256(), path + ".tmp"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response, open(temporary, "wb") as f:
+            size = int(response.headers.get("Content-Length") or 0) or None
+            with tqdm(total=size, unit="B", unit_scale=True, desc="downloading") as bar:
+                while chunk := response.read(1 << 16):
+                    f.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+        if digest.hexdigest() != sha256:
+            raise OSError(f"its sha256 is not {sha256}")
+        os.replace(temporary, path)
+    except (OSError, http.client.HTTPException) as e:
+        raise OSError(
+            f"cannot download ({e or type(e).__name__}): fetch {url} elsewhere and save it as {path}"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
 class DatasetWriter:

@@ -196,31 +196,46 @@ BYTES = {chr(b): b for b in PRINTABLE}
 BYTES |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
 
 
+def from_name(name):
+    """The tokenizer of this name: an encoding of tiktoken, or what a model of transformers has, by its folder or Hub
+    name. ValueError when there is none."""
+    import tiktoken
+
+    if name in tiktoken.list_encoding_names():
+        return TiktokenTokenizer(name)
+    if description := from_hub(name):
+        return from_description(description)
+    raise ValueError(f"no tokenizer {name}: gpt2, another encoding of tiktoken, a model's folder or Hub name is wanted")
+
+
 def from_hub(name):
     """The description of the tokenizer of a model of transformers, a folder or a Hub name; None if it has none."""
     if name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         return {"kind": "tiktoken", "name": "gpt2"}
+    from huggingface_hub import snapshot_download
     from transformers import AutoTokenizer
-    from transformers.utils import cached_file
 
-    def read(folder):
-        paths = {file: cached_file(folder, file, _raise_exceptions_for_missing_entries=False) for file in HUB_FILES}
-        texts = {}
-        for file, path in paths.items():
-            if path:
-                with open(path, encoding="utf-8") as f:
-                    texts[file] = f.read()
-        return texts
+    try:
+        older = ("config.json", "vocab.json", "merges.txt", "tokenizer.model")
+        folder = name if os.path.isdir(name) else snapshot_download(name, allow_patterns=[*HUB_FILES, *older])
+        files = read_texts(folder, HUB_FILES)
+        if "tokenizer.json" not in files:
+            with tempfile.TemporaryDirectory() as converted:
+                AutoTokenizer.from_pretrained(folder).save_pretrained(converted)
+                files = read_texts(converted, HUB_FILES)
+        return HubTokenizer(files).description
+    except Exception:  # whatever it is that the libraries lack where there is no tokenizer
+        return None
 
-    files = read(name)
-    if "tokenizer.json" not in files:
-        try:
-            with tempfile.TemporaryDirectory() as converted:  # from vocab.json and merges.txt, tokenizer.model ...
-                AutoTokenizer.from_pretrained(name).save_pretrained(converted)
-                files = read(converted)
-        except Exception:  # whatever it is that the libraries lack for a folder without a tokenizer
-            return None
-    return HubTokenizer(files).description if "tokenizer.json" in files else None
+
+def read_texts(folder, names):
+    """{name: content} of those of the files that are there."""
+    texts = {}
+    for name in names:
+        if os.path.exists(os.path.join(folder, name)):
+            with open(os.path.join(folder, name), encoding="utf-8") as f:
+                texts[name] = f.read()
+    return texts
 
 
 def same_tokens(a, b):

@@ -7,52 +7,23 @@ Downloads input.txt, or takes the one that lies beside this file, whatever text 
 1,003,854 tokens in train.bin and 111,540 in val.bin.
 """
 
-import contextlib
 import hashlib
-import http.client
 import os
 import sys
-import urllib.request
-
-from tqdm import tqdm
 
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, "..", ".."))
-from data.shards import DatasetWriter, prepare_script  # noqa: E402
+from data.shards import DatasetWriter, download, prepare_script  # noqa: E402
 from data.tokenizer import CharTokenizer  # noqa: E402
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-
-def download(url, path):
-    """Fetch url into path, which appears when all of it is there and its checksum is right. OSError otherwise."""
-    digest, temporary = hashlib.sha256(), path + ".tmp"
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(temporary, "wb") as f:
-            size = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=size, unit="B", unit_scale=True, desc="downloading") as bar:
-                while chunk := response.read(1 << 16):
-                    f.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-        if digest.hexdigest() != SHA256:
-            raise OSError(f"its sha256 is not {SHA256}")
-        os.replace(temporary, path)
-    except (OSError, http.client.HTTPException) as e:
-        raise OSError(
-            f"cannot download ({e or type(e).__name__}): fetch {url} elsewhere and save it as {path}"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-
-
 if __name__ == "__main__":
     with prepare_script(__doc__):
         path = os.path.join(here, "input.txt")
         if not os.path.exists(path):
-            download(URL, path)
+            download(URL, path, SHA256)
         with open(path, "rb") as f:
             raw = f.read()
         if hashlib.sha256(raw).hexdigest() != SHA256:

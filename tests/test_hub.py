@@ -1,0 +1,315 @@
+"""Weights and tokenizers in the formats of transformers, in and out, beside transformers itself."""
+
+import json
+import os
+
+import pytest
+import torch
+import transformers
+from conftest import TEXT
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen3Config
+
+from data.tokenizer import CharTokenizer, from_description, from_hub, from_name, same_tokens
+from model import GPT, LATEST, GPTConfig, from_hub_config, read_checkpoint, to_hub_config
+
+GPT2 = dict(n_embd=32, n_head=4, n_layer=2, vocab_size=99, n_positions=128)
+LLAMA = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=99, max_position_embeddings=128,
+)  # fmt: skip
+STRETCHED = dict(
+    rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)  # fmt: skip
+CONFIGS = {
+    "gpt2": GPT2Config(**GPT2),
+    "gpt2, exact gelu, another width": GPT2Config(**GPT2, activation_function="gelu", n_inner=80),
+    "gpt2, untied": GPT2Config(**GPT2, tie_word_embeddings=False),
+    "llama": LlamaConfig(**LLAMA),
+    "llama, tied, biases": LlamaConfig(**LLAMA, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "llama, stretched": LlamaConfig(**LLAMA, rope_parameters=STRETCHED),
+    "llama, wide heads": LlamaConfig(**{**LLAMA, "num_key_value_heads": 4}, head_dim=12),
+    "qwen3": Qwen3Config(**LLAMA, head_dim=16),
+    "qwen3, tied": Qwen3Config(**LLAMA, head_dim=8, tie_word_embeddings=True),
+}
+
+
+def random_model(config):
+    """A model of transformers whose weights, gains and biases included, are all random."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for p in model.parameters():
+        if p.dim() == 1:
+            torch.nn.init.normal_(p, mean=0.5, std=0.3)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_and_text_are_those_of_transformers_and_come_back(name, tmp_path):
+    theirs = random_model(CONFIGS[name])
+    theirs.save_pretrained(tmp_path / "in")
+    ours = GPT.from_pretrained(str(tmp_path / "in")).eval()
+    idx = torch.randint(99, (2, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-5, rtol=0)
+    text = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=64, do_sample=False)
+    assert torch.equal(ours.generate(idx, 64, temperature=0), text)
+
+    ours.save_pretrained(str(tmp_path / "out"), eot=7)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert type(again) is type(theirs) and again.config.eos_token_id == again.generation_config.eos_token_id == 7
+    with torch.no_grad():
+        assert torch.equal(again(idx).logits, theirs(idx).logits)
+    same = GPT.from_pretrained(str(tmp_path / "out"))
+    assert same.config == ours.config
+    for key, value in ours.state_dict().items():
+        assert torch.equal(same.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(bias=False), dict(bias=False, mlp="gelu_tanh")])
+def test_gpt2_with_and_without_biases_goes_out(settings, tmp_path):
+    ours = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=2, n_head=2, n_embd=16, **settings)).eval()
+    ours.save_pretrained(str(tmp_path))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    idx = torch.randint(65, (2, 30))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, ours(idx, idx)[0], atol=1e-5, rtol=0)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["n_ctx"] == 64 and written["eos_token_id"] is None
+    assert written["activation_function"] == ("gelu_new" if "mlp" in settings else "gelu")
+
+
+def test_both_spellings_of_rope_are_written():
+    model_args = from_hub_config(CONFIGS["llama, stretched"])
+    written = to_hub_config(GPTConfig(**model_args))
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 5e5
+    assert written["rope_scaling"]["rope_type"] == "llama3" and written["rope_scaling"]["factor"] == 8.0
+
+
+@pytest.mark.parametrize("name, n_layer, n_embd", [("", 12, 768), ("-medium", 24, 1024), ("-large", 36, 1280)])
+def test_the_sizes_of_gpt2(name, n_layer, n_embd):
+    config = GPT2Config(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 64)
+    with torch.device("meta"):
+        ours, theirs = GPT(GPTConfig(**from_hub_config(config))), transformers.GPT2LMHeadModel(config)
+    assert ours.get_num_params(non_embedding=False) == sum(p.numel() for p in theirs.parameters())
+    shapes = {name.removeprefix("transformer."): p.shape for name, p in theirs.named_parameters()}
+    assert {name: place.shape for name, place in ours.hub_layout().items()} == shapes
+
+
+@pytest.mark.parametrize("shards", [dict(), dict(max_shard_size="20KB")])
+def test_files_in_shards_and_bin_files(shards, tmp_path):
+    theirs = random_model(CONFIGS["llama"])
+    theirs.save_pretrained(tmp_path, **shards)
+    expected = GPT.from_pretrained(str(tmp_path)).state_dict()
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) > 1 if shards else len(files) == 1
+    for path in files:
+        os.remove(path)
+    if not shards:
+        torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    else:
+        (tmp_path / "model.safetensors.index.json").unlink()
+        keys = list(theirs.state_dict())
+        halves = {"pytorch_model-1.bin": keys[: len(keys) // 2], "pytorch_model-2.bin": keys[len(keys) // 2 :]}
+        for file, part in halves.items():
+            torch.save({key: theirs.state_dict()[key] for key in part}, tmp_path / file)
+        index = {"weight_map": {key: file for file, part in halves.items() for key in part}}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for key, value in GPT.from_pretrained(str(tmp_path)).state_dict().items():
+        assert torch.equal(value, expected[key])
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (transformers.MixtralConfig(**LLAMA), "models of type mixtral are not supported"),
+        (transformers.Qwen3MoeConfig(), "models of type qwen3_moe are not supported"),
+        (transformers.GemmaConfig(), "models of type gemma are not supported"),
+        (Qwen3Config(**LLAMA, use_sliding_window=True, sliding_window=8), "use_sliding_window=True"),
+        (Qwen3Config(**LLAMA, attention_bias=True), "attention_bias=True"),
+        (LlamaConfig(**LLAMA, hidden_act="gelu", attention_bias=True), "hidden_act=gelu, mlp_bias=False"),
+        (LlamaConfig(**LLAMA, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)), "linear"),
+        (GPT2Config(**GPT2, activation_function="relu"), "activation_function=relu"),
+        (GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
+    ],
+)
+def test_what_cannot_be_built_is_refused_by_name_before_weights_are_read(script, config, message, tmp_path):
+    config.save_pretrained(tmp_path)  # a config alone: the weights would be missing
+    result = script("sample.py", f"--init_from={tmp_path}", "--device=cpu")
+    assert result.code == 2 and message in result.err and "Traceback" not in result.err
+
+
+def test_all_weights_that_do_not_fit_are_named(tmp_path):
+    random_model(CONFIGS["llama"]).save_pretrained(tmp_path)
+    weights = {key: value for key, value in random_model(CONFIGS["llama"]).state_dict().items()}
+    del weights["model.norm.weight"]
+    weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    weights["model.layers.0.mlp.experts"] = torch.zeros(3)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError) as e:
+        GPT.from_pretrained(str(tmp_path))
+    for part in (
+        "model.norm.weight is missing",
+        "up_proj.weight is (3, 3) instead of (48, 32)",
+        "mlp.experts is unknown",
+    ):
+        assert part in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("config.json", b"{", "config.json of"),
+        ("config.json", b"[]", "config.json of"),
+        ("model.safetensors", b"damaged", "cannot be read"),
+        ("model.safetensors", None, "has neither model.safetensors nor"),
+    ],
+)
+def test_damaged_folders_are_one_line(script, file, content, message, tmp_path):
+    random_model(CONFIGS["llama"]).save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(content) if content else (tmp_path / file).unlink()
+    result = script("sample.py", f"--init_from={tmp_path}", "--device=cpu")
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert result.code == 2 and len(errors) == 1 and message in errors[0] and "Traceback" not in result.err
+
+
+def test_a_hostile_bin_file_does_not_run(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return open, (str(tmp_path / "it ran"), "w")
+
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    torch.save({"model.norm.weight": Hostile()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be read"):
+        GPT.from_pretrained(str(tmp_path))
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_what_no_class_of_transformers_has_is_refused_by_name():
+    shape = dict(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8)
+    for settings, message in (
+        (dict(norm="rmsnorm", position="rope", mlp="relu2"), "mlp=relu2"),
+        (dict(position="rope"), "position=rope"),
+        (dict(norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=True), "qk_norm=True"),  # and biases
+        (dict(n_kv_head=1), "n_kv_head=1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            to_hub_config(GPTConfig(**shape, **settings))
+
+
+def check_round_trip(tokenizer, text, folder):
+    ids = tokenizer.encode(text).tolist()
+    tokenizer.save_pretrained(str(folder / "a"))
+    theirs = AutoTokenizer.from_pretrained(folder / "a")
+    assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text
+    ours = from_description(json.loads(json.dumps(from_hub(str(folder / "a")))))
+    assert ours.encode(text).tolist() == ids and ours.decode(ids) == "".join(ours.decode_stream(ids)) == text
+    assert ours.byte_lengths()[ids].sum() == len(text.encode()) and ours.eot == tokenizer.eot
+    assert same_tokens(ours.description, tokenizer.description)
+    ours.save_pretrained(str(folder / "b"))  # what came from files goes back to the same files
+    assert {p.name: p.read_bytes() for p in (folder / "a").iterdir()} == {
+        p.name: p.read_bytes() for p in (folder / "b").iterdir()
+    }
+
+
+HARD = "Hello  world,\n\n 你好 🙂\t again\u2028 ' s . <unk>\r\n"
+
+
+def test_character_tokenizers_round_trip(tmp_path):
+    check_round_trip(CharTokenizer(sorted(set(HARD))), HARD, tmp_path)
+
+
+def test_tiktoken_tokenizers_round_trip(tmp_path, monkeypatch):
+    import tiktoken
+
+    ranks = {bytes([i]): i for i in range(256)} | {b"he": 256, b"ll": 257, b"hell": 258}
+    specials = {"<|endoftext|>": 260}  # with a gap before it
+    encoding = tiktoken.Encoding("gpt2", pat_str=r"\s?\w+|\s+|.", mergeable_ranks=ranks, special_tokens=specials)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    check_round_trip(from_name("gpt2"), HARD + "hello<|endoftext|>", tmp_path)
+
+
+def test_gpt2s_tokenizer_round_trips(tmp_path):
+    if not os.environ.get("TIKTOKEN_CACHE_DIR"):
+        pytest.skip("TIKTOKEN_CACHE_DIR names no folder with the gpt2 vocabulary")
+    check_round_trip(from_name("gpt2"), HARD + "<|endoftext|>", tmp_path)
+
+
+def test_other_ids_are_other_tokens():
+    assert same_tokens({"kind": "char", "characters": "ab"}, {"kind": "char", "characters": "ab"})
+    assert not same_tokens({"kind": "char", "characters": "ab"}, {"kind": "char", "characters": "ba"})
+    assert not same_tokens({"kind": "char", "characters": "ab"}, {"kind": "char", "characters": "abc"})
+
+
+def test_files_of_a_hostile_tokenizer_stay_in_the_folder(tmp_path):
+    CharTokenizer("ab").save_pretrained(str(tmp_path / "in"))
+    description = from_hub(str(tmp_path / "in"))
+    description["files"]["../escaped"] = "text"
+    from_description(description).save_pretrained(str(tmp_path / "out"))
+    assert not (tmp_path / "escaped").exists() and len(list((tmp_path / "out").iterdir())) == 2
+
+
+def byte_tokenizer(folder):
+    """Write a byte-level tokenizer as transformers has them, with a token that it puts before each text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(["<s>", "</s>", *alphabet])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(folder)
+    return fast
+
+
+def test_a_folder_of_transformers_is_finetuned_and_goes_back(script, tiny_run, tiny, tmp_path, monkeypatch):
+    theirs = random_model(LlamaConfig(**{**LLAMA, "vocab_size": 300}))
+    theirs.save_pretrained(tmp_path / "in")
+    fast = byte_tokenizer(tmp_path / "in")
+    from data.shards import DatasetWriter
+
+    tokenizer = from_name(str(tmp_path / "in"))
+    assert tokenizer.eot == 1 and tokenizer.prompt("a").tolist() == fast("a")["input_ids"]
+    assert len(tokenizer.prompt("a")) == 2 and len(tokenizer.encode("a")) == 1
+    with DatasetWriter(str(tmp_path / "data"), tokenizer, source="a test") as out:
+        out.write("train", tokenizer.encode(TEXT * 40))
+        out.write("val", tokenizer.encode(TEXT * 5))
+    flags = [flag for flag in tiny_run.flags if not flag.startswith(("--n_", "--dataset"))]
+    begin = [*flags, f"--init_from={tmp_path / 'in'}"]
+    result = script("train.py", *begin, f"--dataset={tmp_path / 'data'}", "--gradient_checkpointing")
+    assert result.code == 0, result.err
+    assert "bits per byte" in result.out
+    refused = script("train.py", *begin, f"--dataset={tiny}", f"--out_dir={tmp_path / 'other'}")
+    assert refused.code == 2 and "another tokenizer" in refused.err
+    resumed = script("train.py", *flags, f"--dataset={tmp_path / 'data'}", "--init_from=resume", "--max_iters=22")
+    assert resumed.code == 0 and read_checkpoint(tiny_run.out / LATEST)["iter_num"] == 22
+
+    result = script("sample.py", f"--init_from={tiny_run.out / LATEST}", f"--export={tmp_path / 'out'}")
+    assert result.code == 0, result.err
+    again, fast_again = (c.from_pretrained(tmp_path / "out") for c in (AutoModelForCausalLM, AutoTokenizer))
+    assert type(again).__name__ == "LlamaForCausalLM" and again.config.eos_token_id == 1
+    assert fast_again("Call me")["input_ids"] == fast("Call me")["input_ids"]
+    text = "Call me"
+    x = fast_again(text, return_tensors="pt")["input_ids"]
+    monkeypatch.setattr(again.generation_config, "eos_token_id", None)
+    expected = fast_again.decode(again.generate(x, max_new_tokens=9, do_sample=False)[0])
+    for source in (f"--init_from={tiny_run.out / LATEST}", f"--init_from={tmp_path / 'out'}"):
+        flags = [f"--start={text}", "--temperature=0", "--num_samples=1", "--max_new_tokens=9", "--dtype=float32"]
+        assert script("sample.py", source, *flags, "--device=cpu").out == f"{expected}\n---------------\n"
+
+
+def test_an_exported_dtype_is_as_asked(script, finished_char_run, tmp_path):
+    for flags, expected in (([], torch.float32), (["--dtype=bfloat16"], torch.bfloat16)):
+        result = script("sample.py", f"--out_dir={finished_char_run}", f"--export={tmp_path}", "--device=cpu", *flags)
+        assert result.code == 0, result.err
+        assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == expected
+
+
+@pytest.fixture
+def finished_char_run(script, tiny_run):
+    assert script("train.py", *tiny_run.flags, "--max_iters=2").code == 0
+    return tiny_run.out
