@@ -3,16 +3,13 @@
 #   python train.py config/finetune_shakespeare.py
 #   python sample.py --out_dir=out-shakespeare
 
-import time
-
 out_dir = "out-shakespeare"
 init_from = "gpt2"
 eval_interval = 5
 eval_iters = 40
 always_save_checkpoint = False  # it overfits soon, so keep what validates best
-wandb_log = False
 wandb_project = "shakespeare"
-wandb_run_name = "ft-" + str(time.time())
+wandb_run_name = "ft-gpt2"
 
 dataset = "shakespeare"
 batch_size = 1

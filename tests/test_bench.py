@@ -18,10 +18,15 @@ def test_results_as_json(script, tiny, tmp_path):
     result = script("bench.py", *FLAGS, f"--dataset={tiny}", "--steps=5", "--decode_tokens=20", f"--json={path}")
     assert result.code == 0 and "random tokens" not in result.out and "measured" in result.out
     results = json.loads(path.read_text())
-    for key in ("train plainGPT", "decode 1", "decode 10"):
+    for key in ("train plainGPT", "decode 1 plainGPT", "decode 10 plainGPT"):
         assert results[key]["tokens_per_second"] > 0
+    assert results["models"]["plainGPT"]["cache_bytes_per_token"] == 2 * 2 * 32 * (
+        2 if results["dtype"] != "float32" else 4
+    )
     assert (
-        0 < results["train plainGPT"]["mfu"] < 1.5 and results["peak_memory"] > 1e7 and results["decode 1"]["bound"] > 0
+        0 < results["train plainGPT"]["mfu"] < 1.5
+        and results["peak_memory"] > 1e7
+        and results["decode 1 plainGPT"]["bound"] > 0
     )
 
 
@@ -37,12 +42,31 @@ def test_in_turns_with_another_model(script, tiny, tmp_path):
     path = tmp_path / "bench.json"
     flags = [f"--dataset={tiny}", "--steps=3", "--decode_tokens=20", f"--classic={tmp_path}", f"--json={path}"]
     result = script("bench.py", *FLAGS, *flags)
-    assert result.code == 0 and "ratio" in result.out
+    assert result.code == 0 and "plainGPT / classic" in result.out
     results = json.loads(path.read_text())
-    assert results["train ratio"] > 0 and results["decode classic"]["tokens_per_second"] > 0
+    assert results["train classic"]["loss"] == pytest.approx(results["train plainGPT"]["loss"], abs=1.0)
+    ours, theirs = (results[f"decode 10 {name}"]["tokens_per_second"] for name in ("plainGPT", "classic"))
+    assert results["decode 10 plainGPT / classic"] == ours / theirs
     (tmp_path / "model.py").write_text("1 / 0")
     result = script("bench.py", *FLAGS, *flags)
     assert result.code == 2 and "model.py: ZeroDivisionError" in result.err
+
+
+def test_two_configurations_side_by_side(script, tiny, tmp_path):
+    path = tmp_path / "bench.json"
+    flags = [f"--dataset={tiny}", "--steps=200", "--decode_tokens=20", "--compare=config/modern.py", f"--json={path}"]
+    result = script("bench.py", *FLAGS, *flags)
+    assert result.code == 0, result.err
+    results = json.loads(path.read_text())
+    plain, modern = (results["models"][name] for name in ("plainGPT", "modern"))
+    assert (
+        modern["config"]["norm"] == "rmsnorm" and modern["cache_bytes_per_token"] == plain["cache_bytes_per_token"] / 2
+    )
+    for name in ("plainGPT", "modern"):
+        row = results[f"train {name}"]
+        assert row["loss"] < row["first_loss"] - 0.5 and row["peak_memory"] > 1e7 and row["steps_per_second"] > 0
+        assert results[f"decode 1 {name}"]["tokens_per_second"] > 0
+    assert "KV cache" in result.out and "it/s" in result.out
 
 
 @pytest.mark.parametrize(
@@ -51,6 +75,8 @@ def test_in_turns_with_another_model(script, tiny, tmp_path):
         (["--batch_size=0"], "batch_size must be at least 1"),
         (["--n_head=5"], "multiple of n_head"),
         (["--classic=nowhere"], "classic takes the folder"),
+        (["--compare=nowhere.py"], "no config file nowhere.py"),
+        (["--compare=config/train_shakespeare_char_cpu.py", "--n_head=1", "--block_size=0"], "block_size must be"),
         (["--steps=0", "--profile"], "nothing to measure: give --steps=20"),
         (["--json=/dev/null/x"], "Not a directory"),
         (["--step=3"], "did you mean steps?"),
