@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -83,7 +84,6 @@ if json:
 device, dtype, device_line = pick_device(device, dtype)
 device_type, ptdtype = device.split(":")[0], getattr(torch, dtype)
 print(device_line)
-torch.manual_seed(seed)
 vocab_size, tokens = GPTConfig.vocab_size, None
 if real_data:
     try:
@@ -99,6 +99,7 @@ autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32"
 
 def build(settings):
     """The model of these settings, on the device."""
+    torch.manual_seed(seed)
     fields = [field.name for field in dataclasses.fields(GPTConfig) if field.name in settings]
     model = GPT(GPTConfig(**{name: settings[name] for name in fields}, vocab_size=vocab_size)).to(device)
     model.gradient_checkpointing = settings["gradient_checkpointing"]
@@ -156,6 +157,8 @@ def peak_memory():
     """Bytes: of tensors on a CUDA device, else of the whole process; None where the system does not say."""
     if device_type == "cuda":
         return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError), open("/proc/self/status") as f:
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", f.read())[1])
     with contextlib.suppress(ImportError):
         import resource
 
