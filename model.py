@@ -530,19 +530,21 @@ class GPT(nn.Module):
         fused = device_type in ("cuda", "cpu")  # on mps it would apply the steps that loss scaling wants skipped
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
 
-    def flops_per_token(self):
-        """Floating-point operations that training on one token takes at full block_size: 6 for each weight of a
-        matrix product, and 12 * n_layer * n_head * head_dim * T for attention (PaLM appendix B)."""
+    def flops_per_token(self, T=None):
+        """Floating-point operations that training on one of T tokens (block_size by default) takes: 6 for each weight
+        of a matrix product, and 12 * n_layer * n_head * head_dim * T for attention (PaLM appendix B)."""
         matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2) - sum(p.numel() for p in self.looked_up())
-        attended = self.config.n_head * self.config.head_dim * self.config.block_size
+        attended = self.config.n_head * self.config.head_dim * (T or self.config.block_size)
         return 6 * matrices + 12 * self.config.n_layer * attended
 
-    def estimate_mfu(self, fwdbwd_per_iter, dt, peak=None):
+    def estimate_mfu(self, fwdbwd_per_iter, dt, peak=None, T=None):
         """Model FLOPs utilisation: the share of the peak (FLOP/s; found by peak_flops when not given) that training
-        on fwdbwd_per_iter sequences of block_size tokens in dt seconds makes use of. None where no peak is known."""
+        on fwdbwd_per_iter sequences of T tokens (block_size by default) in dt seconds makes use of. None where no peak
+        is known."""
+        T = T or self.config.block_size
         if peak is None:
             peak, _ = peak_flops(self.lm_head.weight.device, torch.bfloat16)
-        return peak and self.flops_per_token() * self.config.block_size * fwdbwd_per_iter / dt / peak
+        return peak and self.flops_per_token(T) * T * fwdbwd_per_iter / dt / peak
 
 
 def load_optimizer(optimizer, saved):

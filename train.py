@@ -193,9 +193,11 @@ with usage_errors():
             if name in given and config[name] != value and (config[name] or type(value) is bool):  # 0: as it comes
                 fail(f"{name}={config[name]} was given, but the model of {init_from} has {value}")
             config[name] = value
-    if "block_size" not in given:
-        config["block_size"] = block_size = model.config.block_size
-    if block_size != model.config.block_size:
+    longest, rope = model.config.block_size, model.config.position == "rope"
+    if "block_size" not in given and not (resuming and rope):  # models of the Hub may see 131,072 tokens
+        block_size = longest if checkpoint else min(block_size, longest)
+    config["block_size"] = block_size
+    if block_size != longest and (block_size > longest or not rope):  # rope trains on fewer tokens just as well
         if resuming:
             fail(f"block_size is {model.config.block_size} in this run; --init_from={out_dir} begins one with another")
         model.crop_block_size(block_size)
@@ -512,7 +514,8 @@ while True:
         seconds, timed = 0.0, 0
         # the first step warms up, and a CPU's peak has to be measured, so utilisation waits for the second line
         peak, _ = peak_flops(device, ptdtype) if iter_num > first_iter else (None, "")
-        mfu = raw_model.estimate_mfu(gradient_accumulation_steps * batch_size / world_size, dt, peak) if peak else None
+        sequences = gradient_accumulation_steps * batch_size / world_size
+        mfu = raw_model.estimate_mfu(sequences, dt, peak, block_size) if peak else None
         left = datetime.timedelta(seconds=round(min((max_iters - iter_num - 1) * dt, 1e10)))
         say(
             f"iter {iter_num}: loss {step_loss:.4f}, time {dt * 1000:.2f}ms, "

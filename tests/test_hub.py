@@ -292,6 +292,7 @@ def test_a_folder_of_transformers_is_finetuned_and_goes_back(script, tiny_run, t
     assert result.code == 0, result.err
     again, fast_again = (c.from_pretrained(tmp_path / "out") for c in (AutoModelForCausalLM, AutoTokenizer))
     assert type(again).__name__ == "LlamaForCausalLM" and again.config.eos_token_id == 1
+    assert again.config.max_position_embeddings == 128  # though trained on 16 tokens at a time
     assert fast_again("Call me")["input_ids"] == fast("Call me")["input_ids"]
     text = "Call me"
     x = fast_again(text, return_tensors="pt")["input_ids"]
