@@ -69,10 +69,10 @@ def test_two_configurations_side_by_side(script, tiny, tmp_path):
     assert "KV cache" in result.out and "it/s" in result.out
 
 
-def test_gradient_checkpointing_takes_less_memory(script, tmp_path):
+def test_gradient_checkpointing_takes_less_memory(script, tiny, tmp_path):
     (tmp_path / "checkpointed.py").write_text("gradient_checkpointing = True")
     path = tmp_path / "bench.json"
-    flags = ["--n_layer=16", "--n_embd=64", "--block_size=512", "--batch_size=32", "--real_data=False", "--steps=1"]
+    flags = ["--n_layer=8", "--n_embd=64", "--block_size=256", "--batch_size=16", f"--dataset={tiny}", "--steps=1"]
     flags += ["--decode_tokens=0", f"--compare={tmp_path / 'checkpointed.py'}", f"--json={path}", "--dtype=float32"]
     assert script("bench.py", *FLAGS, *flags).code == 0
     plain, checkpointed = (json.loads(path.read_text())[f"train {name}"] for name in ("plainGPT", "checkpointed"))

@@ -30,6 +30,6 @@ if __name__ == "__main__":
             text = f.read()
         if len(text) < 2:
             raise ValueError(f"{f.name} is empty: delete it to download the text")
-        with DatasetWriter(os.path.join(here, "..", args.name), tokenizer, source=URL) as out:
+        with DatasetWriter(os.path.join(os.path.dirname(here), args.name), tokenizer, source=URL) as out:
             out.write("train", tokenizer.encode(text[: int(len(text) * 0.9)]))
             out.write("val", tokenizer.encode(text[int(len(text) * 0.9) :]))
