@@ -76,7 +76,7 @@ def test_gradient_checkpointing_takes_less_memory(script, tiny, tmp_path):
     flags += ["--decode_tokens=0", f"--compare={tmp_path / 'checkpointed.py'}", f"--json={path}", "--dtype=float32"]
     assert script("bench.py", *FLAGS, *flags).code == 0
     plain, checkpointed = (json.loads(path.read_text())[f"train {name}"] for name in ("plainGPT", "checkpointed"))
-    assert checkpointed["peak_memory"] < 0.8 * plain["peak_memory"] and checkpointed["loss"] == plain["loss"]
+    assert checkpointed["peak_memory"] < plain["peak_memory"] - 5e7 and checkpointed["loss"] == plain["loss"]
 
 
 @pytest.mark.parametrize(
