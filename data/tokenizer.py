@@ -209,7 +209,8 @@ def from_name(name):
 
 
 def from_hub(name):
-    """The description of the tokenizer of a model of transformers, a folder or a Hub name; None if it has none."""
+    """The description of the tokenizer of a model of transformers, a folder or a Hub name; None if it has none.
+    ValueError if it is damaged."""
     if name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         return {"kind": "tiktoken", "name": "gpt2"}
     from huggingface_hub import snapshot_download
@@ -223,9 +224,9 @@ def from_hub(name):
             with tempfile.TemporaryDirectory() as converted:
                 AutoTokenizer.from_pretrained(folder).save_pretrained(converted)
                 files = read_texts(converted, HUB_FILES)
-        return HubTokenizer(files).description
     except Exception:  # whatever it is that the libraries lack where there is no tokenizer
         return None
+    return HubTokenizer(files).description
 
 
 def read_texts(folder, names):

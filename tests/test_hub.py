@@ -164,11 +164,13 @@ def test_all_weights_that_do_not_fit_are_named(tmp_path):
         ("config.json", b"{", "config.json of"),
         ("config.json", b"[]", "config.json of"),
         ("model.safetensors", b"damaged", "cannot be read"),
+        ("tokenizer.json", b"{", "tokenizer.json is not understood"),
         ("model.safetensors", None, "has neither model.safetensors nor"),
     ],
 )
 def test_damaged_folders_are_one_line(script, file, content, message, tmp_path):
     random_model(CONFIGS["llama"]).save_pretrained(tmp_path)
+    byte_tokenizer(tmp_path)
     (tmp_path / file).write_bytes(content) if content else (tmp_path / file).unlink()
     result = script("sample.py", f"--init_from={tmp_path}", "--device=cpu")
     errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
