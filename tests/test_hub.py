@@ -71,7 +71,9 @@ def test_logits_and_text_are_those_of_transformers_and_come_back(name, tmp_path)
 def test_gpt2_with_and_without_biases_goes_out(settings, tmp_path):
     ours = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=2, n_head=2, n_embd=16, **settings)).eval()
     ours.save_pretrained(str(tmp_path))
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    theirs.eval()
     idx = torch.randint(65, (2, 30))
     with torch.no_grad():
         torch.testing.assert_close(theirs(idx).logits, ours(idx, idx)[0], atol=1e-5, rtol=0)

@@ -161,6 +161,29 @@ def test_float16_skips_overflows_and_resumes_its_scale(train, tiny_run, finished
         train(tiny_run.flags, "--init_from=resume", "--max_iters=22")  # a float32 run has no scale
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory(train, tiny_run, finished, tmp_path, monkeypatch):
+    import model
+
+    calls = []
+    monkeypatch.setattr(model, "recompute", lambda *a, real=model.recompute, **k: calls.append(a) or real(*a, **k))
+    train(tiny_run.flags, f"--out_dir={tmp_path / 'less'}", "--gradient_checkpointing")
+    assert len(calls) == 20 * 2 * 2  # steps, micro-batches, layers; none in evaluations
+    assert_same_state(finished, read_checkpoint(tmp_path / "less" / LATEST))
+
+
+def test_a_modern_run_resumes_to_the_uninterrupted_run(train, tiny_run, tmp_path):
+    flags = [*tiny_run.flags, ROOT / "config" / "modern.py", "--qk_norm", "--n_hidden=40"]
+    train(flags)
+    halves = f"--out_dir={tmp_path / 'halves'}"
+    train(flags, halves, "--max_iters=10")
+    train([], halves, "--init_from=resume", "--max_iters=20", "--device=cpu")
+    whole = read_checkpoint(tiny_run.out / LATEST)
+    assert_same_state(whole, read_checkpoint(tmp_path / "halves" / LATEST))
+    assert whole["model_args"]["norm"] == "rmsnorm" and whole["model_args"]["n_kv_head"] == 1
+    refused = train(flags, halves, "--init_from=resume", "--mlp=relu2", code=2)
+    assert "mlp=relu2 was given, but the model of resume has swiglu" in refused.err
+
+
 def test_dropout_is_on_after_an_evaluation(train, tiny_run):
     losses = []
     for dropout in (0.0, 0.5):
