@@ -170,7 +170,9 @@ def peak_memory_alone(*more):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "bench.json")
         flags = ["--compare=", "--classic=", "--profile=False", "--decode_tokens=0", "--steps=3", f"--json={path}"]
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], *more, *flags], capture_output=True, check=True)
+        command = [sys.executable, __file__, *sys.argv[1:], *more, f"--block_size={block_size}", *flags]
+        if subprocess.run([*command, f"--batch_size={batch_size}"], capture_output=True).returncode:
+            return None  # there was no room for another process, say
         with open(path, encoding="utf-8") as f:
             return load(f)["peak_memory"]
 
@@ -186,7 +188,8 @@ with usage_errors():
     ours = {"plainGPT": build(settings)}
     if compare:
         other = os.path.splitext(os.path.basename(compare))[0]
-        ours[other] = build({**settings, **read_config(compare, {**globals(), **settings}, settings)})
+        found = read_config(compare, {**globals(), **settings}, settings)
+        ours[other] = build({**settings, **found, "block_size": block_size})  # the batches are the same for both
 contenders = dict(ours)
 if classic:
     path = os.path.join(classic, "model.py")
@@ -271,6 +274,13 @@ if profile:
 if decode_tokens > 0:
     bandwidth = memory_bandwidth()
     print(f"generating {decode_tokens} tokens in {dtype}; the memory reads {bandwidth / 1e9:.1f} GB/s")
+    if classic:
+        # one sequence after another, each on its own, is what it does best: it has no cache for a batch to share
+        model, prompt = contenders["classic"].eval(), torch.randint(vocab_size, (1, 1), device=device)
+        with torch.no_grad():
+            model.generate(prompt, 8)
+            rate_of_classic = decode_tokens / timed(model.generate, prompt, decode_tokens)[0]
+        print(f"  classic     1 at once {rate_of_classic:9,.1f} tokens/s")
     for B in (1, decode_batch):
         for name, model in ours.items():
             model.eval().to(ptdtype)
@@ -283,13 +293,6 @@ if decode_tokens > 0:
             share = f", {rate / bound:.0%} of the bound {bound:,.1f}" if B == 1 else ""
             print(f"  {name:<9} {B:3} at once {rate:9,.1f} tokens/s{share}")
         if classic:
-            # it has no batches with a cache: together or alone, one after another is what it does best
-            if B == 1:
-                model = contenders["classic"].eval()
-                with torch.no_grad():
-                    model.generate(prompt, 8)
-                    rate_of_classic = decode_tokens / timed(model.generate, prompt, decode_tokens)[0]
-                print(f"  classic     1 at once {rate_of_classic:9,.1f} tokens/s")
             results[f"decode {B} classic"] = {"tokens_per_second": rate_of_classic}
         compare_with_first(f"decode {B}")
 

@@ -3,11 +3,12 @@ The GPT model, all of it in this file. In reading order:
 
     GPTConfig                     the shape of a model
     attention .. Block            the parts of a transformer
-    GPT                           the model: forward, generation, weights in, optimizer, FLOPs
+    GPT                           the model: forward, generation, weights in and out, optimizer, FLOPs
+    LLAMA_NAMES .. hub_weights    the formats of Hugging Face transformers
     save_checkpoint, load_...     checkpoint files, written whole or not at all
     peak_flops                    what the device at hand could do at best
 
-Letters in shape comments: B sequences, T tokens in each, C = n_embd channels, H heads of D = C / H channels,
+Letters in shape comments: B sequences, T tokens in each, C = n_embd channels, H heads of D = head_dim channels,
 S tokens that attention looks back on, V tokens in the vocabulary.
 
 References: GPT-2, https://github.com/openai/gpt-2/blob/master/src/model.py (architecture);
@@ -32,9 +33,9 @@ from torch.utils.checkpoint import checkpoint as recompute
 # -----------------------------------------------------------------------------
 # the parts
 
-
-CLASSIC = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
-SIZES = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, n_hidden=0, n_kv_head=0, head_dim=0)  # least
+CLASSIC = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")  # what nanoGPT's config has
+# the least that each size can be; 0 stands for a size that follows from the others
+SIZES = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, n_hidden=0, n_kv_head=0, head_dim=0)
 
 
 def swiglu(x):
@@ -79,6 +80,12 @@ class GPTConfig:
         for name, least in SIZES.items():
             if type(getattr(self, name)) is not int or getattr(self, name) < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
+        for field in fields(self):
+            value, kind = getattr(self, field.name), type(field.default)
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise ValueError(f"{field.name} must be a {kind.__name__}, not {value!r}")
+        if len(self.rope_scaling) not in (0, 4) or not all(type(x) in (int, float) for x in self.rope_scaling):
+            raise ValueError(f"rope_scaling must be four numbers or none, not {self.rope_scaling!r}")
         for name, known in (("norm", NORMS), ("position", ("learned", "rope")), ("mlp", ACTIVATIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} takes {', '.join(known)}, not {getattr(self, name)!r}")
@@ -378,9 +385,9 @@ class GPT(nn.Module):
 
         Sampling is as sample_next has it; a generator makes it repeatable. A row that has drawn the token `stop`
         goes on with it; when all rows have, the stream ends. The model sees its last block_size tokens at most.
-        Positions are learned and start at 0, so once the window is full every step moves all of them, and with them
-        every cached key: slide=1 computes the window anew for each token (exactly what a model without a cache
-        says), slide=n drops n tokens at a time and computes it anew for one token in n. Call eval() first.
+        Positions start at 0, so once the window is full every step moves all of them, and with them every cached key:
+        slide=1 computes the window anew for each token (exactly what a model without a cache says), slide=n drops n
+        tokens at a time and computes it anew for one token in n. Call eval() first.
         """
         size = self.config.block_size
         if not 1 <= slide <= size:
@@ -431,7 +438,7 @@ class GPT(nn.Module):
         config = GPTConfig(**{**checkpoint["model_args"], **override})
         # checkpoints from elsewhere may carry the prefixes of torch.compile and DDP, and attention masks
         weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
-        weights = {k: v for k, v in weights.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+        weights = {k: v for k, v in weights.items() if not k.endswith(HUB_EXTRAS)}
         if config.n_layer > len(weights):
             raise ValueError(f"weights do not fit the model: {len(weights)} of them for {config.n_layer} layers")
         with torch.device("meta"):  # no memory and no time for weights that are replaced at once
@@ -702,9 +709,8 @@ def to_hub_config(config, eot=None):
             rope_parameters=rope, **(dict(mlp_bias=config.bias) if family == "llama" else {}), **shared,
         )  # fmt: skip
         also = dict(architectures=["LlamaForCausalLM" if family == "llama" else "Qwen3ForCausalLM"])
-        also.update(
-            rope_theta=config.rope_theta, rope_scaling=rope if config.rope_scaling else None
-        )  # before version 5
+        # how versions of transformers before 5 spell rope_parameters
+        also |= dict(rope_theta=config.rope_theta, rope_scaling=rope if config.rope_scaling else None)
     return json.loads(hub.to_json_string()) | also
 
 
@@ -715,24 +721,29 @@ def hub_weights(name):
 
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         folder = hub_folder(name, f"{stem}*.{ending}", f"{stem}.{ending}.index.json")
-        files, index = [f"{stem}.{ending}"], os.path.join(folder, f"{stem}.{ending}.index.json")
-        if os.path.exists(index):
-            with open(index, encoding="utf-8") as f:
-                files = sorted(set(json.load(f)["weight_map"].values()))
-        elif not os.path.exists(os.path.join(folder, files[0])):
+        file, index = (os.path.join(folder, f"{stem}.{ending}{more}") for more in ("", ".index.json"))
+        if not os.path.exists(file) and not os.path.exists(index):
             continue
-        for path in (os.path.join(folder, os.path.basename(file)) for file in files):
-            try:
+        path = index if os.path.exists(index) else file
+        try:
+            shards = [file]
+            if path == index:
+                with open(index, encoding="utf-8") as f:
+                    shards = sorted(set(json.load(f)["weight_map"].values()))
+            for path in (os.path.join(folder, os.path.basename(shard)) for shard in shards):
                 if ending == "bin":
                     in_parts = zipfile.is_zipfile(path)  # files from before PyTorch 1.6 are read as a whole
-                    yield from torch.load(path, map_location="cpu", weights_only=True, mmap=in_parts).items()
+                    weights = torch.load(path, map_location="cpu", weights_only=True, mmap=in_parts)
+                    if not all(isinstance(k, str) and is_plain(v) for k, v in weights.items()):
+                        raise ValueError("it is not made of dense tensors of numbers")
+                    yield from weights.items()
                 else:
                     with safe_open(path, "pt") as f:
                         for key in f.keys():
                             yield key, f.get_tensor(key)
-            except Exception as e:  # what a damaged file raises depends on where it is damaged
-                reason = str(e).strip().split("\n")[0].split(". ")[0][:120]
-                raise ValueError(f"{path} cannot be read: {reason or type(e).__name__}") from None
+        except Exception as e:  # what a damaged file raises depends on where it is damaged
+            reason = str(e).strip().split("\n")[0].split(". ")[0][:120]
+            raise ValueError(f"{path} cannot be read: {reason or type(e).__name__}") from None
         return
     raise OSError(f"{name} has neither model.safetensors nor pytorch_model.bin")
 

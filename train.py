@@ -251,9 +251,7 @@ if ddp:
     model = DDP(model, device_ids=[torch.device(device).index] if device_type == "cuda" else None)
 autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32")
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-
-
-damaged = False  # whether this process met token ids that are none
+damaged = False  # whether this process met token ids past the vocabulary
 
 
 def get_batch(split, starts):
@@ -261,7 +259,7 @@ def get_batch(split, starts):
     global damaged
     xy = torch.from_numpy(tokens[split].windows(starts, block_size + 1))
     if xy.max() >= raw_model.config.vocab_size:
-        # the run ends where all processes see it; until then an id that is one lets the others not wait in vain
+        # the step goes on with other ids, so that no process waits in vain for this one; then all of them stop
         row = int((xy >= raw_model.config.vocab_size).any(dim=1).nonzero()[0])
         message = f"has a token id {xy.max()} in the window at token {starts[row]:,}, past the model's vocabulary"
         print(f"error: {data.folder}, {split}: {message}", file=sys.stderr)

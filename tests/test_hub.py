@@ -179,6 +179,22 @@ def test_damaged_folders_are_one_line(script, file, content, message, tmp_path):
     assert result.code == 2 and len(errors) == 1 and message in errors[0] and "Traceback" not in result.err
 
 
+@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../x"}}'])
+def test_a_damaged_index_is_named(index, tmp_path):
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match="cannot be read"):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_a_bin_file_of_something_else_is_named(tmp_path):
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    for content in ({"model": {"a": torch.ones(2)}}, [1], {3: torch.ones(2)}):
+        torch.save(content, tmp_path / "pytorch_model.bin")
+        with pytest.raises(ValueError, match="cannot be read"):
+            GPT.from_pretrained(str(tmp_path))
+
+
 def test_a_hostile_bin_file_does_not_run(tmp_path):
     class Hostile:
         def __reduce__(self):
