@@ -29,7 +29,7 @@ import torch
 
 from configurator import can_compile, configure, end_with_the_pipe, fail, pick_device, read_config, usage_errors
 from data.shards import Dataset, train_windows
-from model import CLASSIC, GPT, GPTConfig, peak_flops
+from model import CLASSIC, GPT, GPTConfig, padded, peak_flops
 
 # -----------------------------------------------------------------------------
 # what
@@ -84,11 +84,11 @@ if json:
 device, dtype, device_line = pick_device(device, dtype)
 device_type, ptdtype = device.split(":")[0], getattr(torch, dtype)
 print(device_line)
-vocab_size, tokens = GPTConfig.vocab_size, None
+vocab_size, tokens = padded(50257), None
 if real_data:
     try:
         data = Dataset(os.path.join("data", dataset))
-        tokens, vocab_size = data.split("train"), data.vocab_size or vocab_size
+        tokens, vocab_size = data.split("train"), padded(data.vocab_size or 50257)
         with usage_errors():
             tokens.check(block_size, vocab_size)
     except (OSError, ValueError) as e:

@@ -38,6 +38,12 @@ CLASSIC = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout",
 SIZES = dict(block_size=1, vocab_size=1, n_layer=1, n_head=1, n_embd=1, n_hidden=0, n_kv_head=0, head_dim=0)
 
 
+def padded(vocab_size):
+    """Rows of embeddings for so many tokens: a multiple of 64, at which matrix units are fastest, unless they are few
+    as characters are."""
+    return vocab_size if vocab_size < 1000 else (vocab_size + 63) // 64 * 64
+
+
 def swiglu(x):
     """https://arxiv.org/abs/2002.05202: half of the channels gate the other half."""
     gate, up = x.chunk(2, dim=-1)
@@ -57,7 +63,7 @@ class GPTConfig:
     """The shape of a GPT. Raises ValueError for one that cannot be built."""
 
     block_size: int = 1024  # longest sequence the model can see, in tokens
-    vocab_size: int = 50304  # GPT-2's 50257, rounded up to a multiple of 64 for speed
+    vocab_size: int = 50304  # GPT-2's 50257 as padded() has it
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768

@@ -35,7 +35,18 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from configurator import can_compile, check, configure, fail, pick_device, usage_errors
 from data.shards import Dataset, eval_windows, train_windows
 from data.tokenizer import from_description, from_hub, same_tokens
-from model import BEST, GPT, LATEST, PREVIOUS, GPTConfig, find_checkpoint, load_optimizer, peak_flops, save_checkpoint
+from model import (
+    BEST,
+    GPT,
+    LATEST,
+    PREVIOUS,
+    GPTConfig,
+    find_checkpoint,
+    load_optimizer,
+    padded,
+    peak_flops,
+    save_checkpoint,
+)  # fmt: skip
 
 # -----------------------------------------------------------------------------
 # input and output
@@ -183,7 +194,7 @@ with usage_errors():
     if init_from == "scratch":
         torch.manual_seed(seed)
         shape = {field.name: config[field.name] for field in dataclasses.fields(GPTConfig) if field.name in config}
-        model = GPT(GPTConfig(**shape, vocab_size=data.vocab_size or GPTConfig.vocab_size))
+        model = GPT(GPTConfig(**shape, vocab_size=padded(data.vocab_size or 50257)))
     elif checkpoint:
         model = GPT.from_checkpoint(checkpoint, dropout=dropout)
     else:
@@ -211,7 +222,8 @@ with usage_errors():
     if had and there and not same_tokens(had, there):
         fail(
             f"the model was trained with another tokenizer than {data.folder} has: its token ids mean other text. "
-            "Prepare the text with the model's, as python data/shakespeare/prepare.py --tokenizer=... does"
+            "Prepare the text with the model's: python data/text/prepare.py ... --tokenizer="
+            + ("the folder of the dataset that it was trained on" if checkpoint else init_from)
         )
     model.to(device)
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)

@@ -1,145 +1,38 @@
 """
 How tokens lie on disk, and which of them make up a batch.
 
-A dataset is a folder: train.bin and val.bin, or train_000000.bin, train_000001.bin ... read as one stream, hold raw
-little-endian token ids, uint16 or uint32. meta.json says of which type they are, how many, and by which tokenizer:
+    python data/shards.py data/shakespeare          shows what a dataset holds
 
-    {"vocab_size": 65, "dtype": "uint16", "tokenizer": {...}, "source": "...",
+A dataset is a folder of files of token ids. meta.json says which, of which type, and by which tokenizer:
+
+    {"vocab_size": 65, "dtype": "uint16", "tokenizer": {...}, "source": "...", "documents": {...},
      "files": {"train.bin": {"tokens": 1003854, "sha256": "..."}, ...}}
 
-Folders without it are read as nanoGPT writes them: uint16, with the characters in meta.pkl, or GPT-2's tokens.
+Without it, train.bin and val.bin are read, or all of x_train_000001.bin, x_train_000002.bin ... as one stream: raw
+little-endian uint16, of the characters in meta.pkl or of GPT-2's tokens, as nanoGPT writes them, or with the header of
+llm.c and modded-nanogpt: 256 int32, of which the first three are a magic number, a version and how many tokens follow
+(https://github.com/karpathy/llm.c, dev/data/data_common.py).
 """
 
-import argparse
-import contextlib
 import glob
-import hashlib
-import http.client
 import json
 import os
 import pickle
+import re
 import sys
-import urllib.request
 
 import numpy as np
-from tqdm import tqdm
 
-from data.tokenizer import CharTokenizer
-
-# -----------------------------------------------------------------------------
-# writing
-
-
-@contextlib.contextmanager
-def prepare_script(doc, **options):
-    """What a prepare.py runs in: options are those of its command line, with their defaults, and --help prints doc.
-    OSError and ValueError end it with one line and exit code 2, the code for wrong usage, Ctrl-C with 130."""
-    try:
-        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter)
-        for name, default in options.items():
-            parser.add_argument(f"--{name}", default=default, help=f"default: {default}")
-        yield parser.parse_args()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (OSError, ValueError) as e:
-        named = isinstance(e, OSError) and e.filename and e.strerror
-        print("error:", f"{e.strerror}: {e.filename}" if named else " ".join(str(e).split()), file=sys.stderr)
-        sys.exit(2)
-
-
-def download(url, path, sha256):
-    """Fetch url into path, which appears when all of it is there and its checksum is right. OSError otherwise."""
-    digest, temporary = hashlib.sha256(), path + ".tmp"
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(temporary, "wb") as f:
-            size = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=size, unit="B", unit_scale=True, desc="downloading") as bar:
-                while chunk := response.read(1 << 16):
-                    f.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-        if digest.hexdigest() != sha256:
-            raise OSError(f"its sha256 is not {sha256}")
-        os.replace(temporary, path)
-    except (OSError, http.client.HTTPException) as e:
-        raise OSError(
-            f"cannot download ({e or type(e).__name__}): fetch {url} elsewhere and save it as {path}"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-
-
-class DatasetWriter:
-    """Writes a dataset folder, whole or not at all:
-
-        with DatasetWriter(folder, tokenizer, source="where the text is from") as out:
-            out.write("train", ids)  # any number of times, for any split
-
-    The files take their places when the block ends; until then, and for good if it raises, the old ones stand. OSError
-    when they cannot be written.
-    """
-
-    def __init__(self, folder, tokenizer, source):
-        self.folder, self.files = folder, {}
-        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-        self.meta = {
-            "vocab_size": tokenizer.vocab_size,
-            "dtype": self.dtype.name,
-            "tokenizer": tokenizer.description,
-            "source": source,
-            "files": {},
-        }
-
-    def path(self, name):
-        return os.path.join(self.folder, name)
-
-    def write(self, split, ids):
-        name = f"{split}.bin"
-        if name not in self.files:
-            self.files[name] = open(self.path(name + ".tmp"), "wb")
-            self.meta["files"][name] = {"tokens": 0, "sha256": hashlib.sha256()}
-        raw = np.ascontiguousarray(ids, dtype=self.dtype)
-        self.files[name].write(raw)
-        self.meta["files"][name]["tokens"] += raw.size
-        self.meta["files"][name]["sha256"].update(raw)
-
-    def __enter__(self):
-        os.makedirs(self.folder, exist_ok=True)
-        return self
-
-    def __exit__(self, kind, failure, _):
-        try:
-            for f in self.files.values():
-                with f:
-                    f.flush()
-                    os.fsync(f.fileno())
-            if failure is None:
-                self.finish()
-        except OSError as e:
-            e.filename = e.filename or self.folder  # a full disk names no file
-            raise
-        finally:
-            for name in ("meta.json", *self.files):
-                with contextlib.suppress(OSError):
-                    os.remove(self.path(name + ".tmp"))
-
-    def finish(self):
-        for entry in self.meta["files"].values():
-            entry["sha256"] = entry["sha256"].hexdigest()
-        with open(self.path("meta.json.tmp"), "w", encoding="utf-8") as f:
-            json.dump(self.meta, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        # meta.json goes first: a kill before the last rename leaves files that do not match it, and Dataset says so
-        for name in ("meta.json", *self.files):
-            os.replace(self.path(name + ".tmp"), self.path(name))
-        for name, entry in self.meta["files"].items():
-            print(f"{self.path(name)}: {entry['tokens']:,} tokens")
-
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))  # where this is run as a script
+from data.tokenizer import CharTokenizer, from_description  # noqa: E402
 
 # -----------------------------------------------------------------------------
 # reading
+
+
+HEADER = 256 * 4  # bytes
+HEADERS = {20240520: (1, "<u2", None), 20240801: (7, "<u4", 128256)}  # magic: (version, dtype, vocabulary or None)
+PREPARING = "preparing.json"  # in a dataset folder while it is being made; see data/documents.py
 
 
 class Dataset:
@@ -150,37 +43,68 @@ class Dataset:
 
     def __init__(self, folder):
         self.folder = folder
-        self.remedy = f"make it again: python {os.path.join(folder, 'prepare.py')}"
-        if not glob.glob(os.path.join(glob.escape(folder), "*.bin")):
-            if os.path.exists(os.path.join(folder, "prepare.py")):
-                raise FileNotFoundError(f"no .bin files in {folder}; make them: python {folder}/prepare.py")
+        script = os.path.join(folder, "prepare.py")
+        self.remedy = f"make it again: python {script}" if os.path.exists(script) else "make it again"
+        names = [os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.bin"))]
+        unfinished = read_json(os.path.join(folder, PREPARING))
+        if unfinished is not None and (not names or unfinished.get("replacing")):
+            raise FileNotFoundError(f"{folder} is not finished: type the command again that prepares it")
+        if not names:
+            if os.path.exists(script):
+                raise FileNotFoundError(f"no .bin files in {folder}; make them: python {script}")
             known = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob("data/*/prepare.py"))
             ready = f"data/ can prepare {', '.join(known)}" if known else "run this in the folder that train.py is in"
             raise FileNotFoundError(f"no dataset in {folder}; {ready}")
         meta = read_meta(folder)
         self.vocab_size, self.tokenizer = meta.get("vocab_size"), meta.get("tokenizer")
         self.dtype, self.files = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<"), meta.get("files")
+        # in order of length, then of the alphabet: x_train_2.bin comes before x_train_10.bin
+        self.names = sorted(self.files or names, key=lambda name: (len(name), name))
 
     def split(self, name):
         """The tokens of 'train' or 'val' as one stream."""
-        paths = [os.path.join(self.folder, f"{name}.bin")]
-        if not os.path.exists(paths[0]):
-            paths = sorted(glob.glob(os.path.join(glob.escape(self.folder), f"{name}_*.bin")))
-        stated = [file for file in self.files or {} if file == f"{name}.bin" or file.startswith(f"{name}_")]
-        if set(stated) - {os.path.basename(path) for path in paths}:
-            raise FileNotFoundError(f"{self.folder} has no {name}.bin as meta.json lists it; {self.remedy}")
-        if not paths:
+        names = [file for file in self.names if re.fullmatch(rf"(.*_)?{name}(_\d+)?\.bin", file)]
+        names = [f"{name}.bin"] if f"{name}.bin" in names else names
+        if not names:
             raise FileNotFoundError(f"no {name}.bin in {self.folder}; {self.remedy}")
-        for path in paths:
-            size, unit = os.path.getsize(path), self.dtype.itemsize
-            if size == 0 or size % unit:
-                raise ValueError(
-                    f"{path} has {size} bytes, which is no whole number of {self.dtype.name} tokens; {self.remedy}"
-                )
-            stated = self.files and self.files.get(os.path.basename(path), {}).get("tokens")
-            if stated is not None and stated != size // unit:
-                raise ValueError(f"{path} has {size // unit:,} tokens, meta.json says {stated:,}; {self.remedy}")
-        return Tokens(paths, self.dtype)
+        return Tokens({os.path.join(self.folder, file): self.open(file) for file in names})
+
+    def open(self, name):
+        """The ids in a file of the folder, mapped into memory, not read."""
+        path, dtype, offset = os.path.join(self.folder, name), self.dtype, 0
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{self.folder} has no {name} as meta.json lists it; {self.remedy}")
+        magic, version, stated = np.append(np.fromfile(path, dtype="<i4", count=3), [0, 0, 0])[:3].tolist()
+        if magic in HEADERS:
+            known, kind, vocab_size = HEADERS[magic]
+            if version != known:
+                raise ValueError(f"{path} is of version {version} of its format, only {known} is known")
+            dtype, offset, self.vocab_size = np.dtype(kind), HEADER, self.vocab_size or vocab_size
+        elif self.files:
+            stated = self.files[name]["tokens"]
+        else:
+            stated = None
+        size = os.path.getsize(path) - offset
+        if size <= 0 or size % dtype.itemsize:
+            raise ValueError(f"{path} has {size} bytes, which is no whole number of {dtype.name} tokens; {self.remedy}")
+        if stated is not None and stated != size // dtype.itemsize:
+            says = "its header" if offset else "meta.json"
+            raise ValueError(f"{path} has {size // dtype.itemsize:,} tokens, {says} says {stated:,}; {self.remedy}")
+        ids = np.memmap(path, dtype=dtype, mode="r", offset=offset)
+        start = ids[: 1 << 16]
+        if dtype.itemsize == 2 and len(start) > 1000 and start[1::2].max() < 16 and start[::2].max() > 255:
+            raise ValueError(f"{path} holds numbers of four bytes or more, not {dtype.name}; {self.remedy}")
+        return ids
+
+
+def read_json(path):
+    """What a JSON file holds, or None if it is not there or holds no object."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+        return content if isinstance(content, dict) else None
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def read_meta(folder):
@@ -188,14 +112,13 @@ def read_meta(folder):
     path = os.path.join(folder, "meta.json")
     if os.path.exists(path):
         try:
-            with open(path, encoding="utf-8") as f:
-                meta = json.load(f)
+            meta = read_json(path)
             valid = type(meta["vocab_size"]) is int and 0 < meta["vocab_size"] <= 2**32
             valid = valid and meta["dtype"] in ("uint16", "uint32")
             valid = valid and all(type(entry["tokens"]) is int for entry in meta.get("files", {}).values())
             if valid and isinstance(meta.get("tokenizer"), dict | None):
                 return meta
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (KeyError, TypeError, AttributeError):
             pass
         raise ValueError(f"{path} is damaged: delete it and prepare the dataset again")
     path = os.path.join(folder, "meta.pkl")
@@ -223,12 +146,12 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 class Tokens:
-    """A stream of token ids over one or many files, mapped into memory, not read."""
+    """A stream of token ids over one or many memory-mapped files."""
 
-    def __init__(self, paths, dtype):
-        self.paths = paths
-        self.shards = [np.memmap(path, dtype=dtype, mode="r") for path in paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+    def __init__(self, shards):
+        self.shards = shards  # path: ids
+        self.parts = list(shards.values())
+        self.ends = np.cumsum([len(part) for part in self.parts])
 
     def __len__(self):
         return int(self.ends[-1])
@@ -236,8 +159,8 @@ class Tokens:
     def read(self, start, count):
         """Ids start .. start + count - 1 of the stream, (count,)."""
         i = int(np.searchsorted(self.ends, start, side="right"))
-        offset = start - int(self.ends[i]) + len(self.shards[i])
-        part = self.shards[i][offset : offset + count]
+        offset = start - int(self.ends[i]) + len(self.parts[i])
+        part = self.parts[i][offset : offset + count]
         return part if len(part) == count else np.concatenate((part, self.read(start + len(part), count - len(part))))
 
     def windows(self, starts, length):
@@ -245,15 +168,15 @@ class Tokens:
         return np.stack([self.read(start, length) for start in starts.tolist()]).astype(np.int64)
 
     def check(self, block_size, vocab_size):
-        """ValueError if the stream is shorter than a window or holds ids past the vocabulary. Looks at the beginning
-        of each file, which is where another type or vocabulary shows."""
+        """ValueError if the stream is shorter than a window or holds ids past the vocabulary. Of streams of more than
+        2**28 tokens it looks at the beginning of each file, which is where another type or vocabulary shows."""
         if len(self) < block_size + 1:
             raise ValueError(
-                f"{self.paths[0]} has {len(self):,} tokens, fewer than block_size + 1 = {block_size + 1:,}: "
+                f"{next(iter(self.shards))} has {len(self):,} tokens, fewer than block_size + 1 = {block_size + 1:,}: "
                 "use more text" + (f", or --block_size={len(self) - 1} or less" if len(self) > 1 else "")
             )
-        for path, shard in zip(self.paths, self.shards, strict=True):
-            largest = int(shard[: 1 << 20].max())
+        for path, shard in self.shards.items():
+            largest = int((shard if len(self) <= 1 << 28 else shard[: 1 << 20]).max())
             if largest >= vocab_size:
                 raise ValueError(
                     f"{path} has a token id {largest}, but the vocabulary ends at {vocab_size - 1}: "
@@ -306,3 +229,43 @@ def eval_windows(n_tokens, block_size, count):
     available = (n_tokens - 1) // block_size
     count = min(count, available)
     return np.arange(count) * available // count * block_size
+
+
+# -----------------------------------------------------------------------------
+
+
+def show(folder):
+    """Print what a dataset folder holds."""
+    data = Dataset(folder)
+    splits = {name: data.split(name) for name in ("train", "val")}
+    tokenizer = from_description(data.tokenizer or {"kind": "tiktoken", "name": "gpt2"})
+    kind = (data.tokenizer or {}).get("name") or (data.tokenizer or {}).get("kind") or "gpt2, as nothing says otherwise"
+    meta = read_json(os.path.join(folder, "meta.json")) or {}
+    print(f"{folder}: tokenizer {kind}, vocabulary {data.vocab_size or tokenizer.vocab_size:,}")
+    print(f"source: {meta['source']}") if "source" in meta else None
+    for name, tokens in splits.items():
+        documents = meta.get("documents", {}).get(name)
+        of = f" of {documents:,} documents" if documents else ""
+        print(f"{name}: {len(tokens):,} tokens{of} in {len(tokens.shards)} files")
+        for path, shard in tokens.shards.items():
+            print(f"    {path}: {len(shard):,} tokens, {shard.dtype.name}")
+    start = splits["train"].read(0, min(len(splits["train"]), 2000))
+    ends = np.flatnonzero(start == tokenizer.eot) if tokenizer.eot is not None else []
+    ends = [i for i in ends if i > 0]  # some put it before a document
+    print("first document:", repr(tokenizer.decode(start[: ends[0] if len(ends) else 200])[:1000]))
+    sample = splits["train"].read(0, min(len(splits["train"]), 1 << 24))
+    counts = np.bincount(sample)
+    print(f"most frequent of the first {len(sample):,} tokens:")
+    for i in np.argsort(-counts)[:10].tolist():
+        print(f"    {i:6} {counts[i] / len(sample):6.2%} {tokenizer.decode([i])!r}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print(__doc__.strip())
+        sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
+    try:
+        show(sys.argv[1])
+    except (OSError, ValueError) as e:
+        print("error:", e, file=sys.stderr)
+        sys.exit(2)

@@ -5,6 +5,7 @@ What the tokens are: text to token ids and back. Every tokenizer here has
     eot                     the id that ends a document, or None
     encode(text)            array of ids; ValueError names characters that it has no token for
     prompt(text)            the same for a text to be continued: some models want a token before it
+    encode_documents(texts) a list of arrays; special tokens that a document spells out are text like any other
     token_bytes(id)         the bytes of one token; decode(ids) joins them to text
     description             a dict for JSON that from_description() turns back into the tokenizer
     save_pretrained(folder) write the files from which AutoTokenizer of transformers makes the same tokenizer
@@ -12,9 +13,11 @@ What the tokens are: text to token ids and back. Every tokenizer here has
 The description is what datasets and checkpoints store, so text is never decoded with another tokenizer.
 """
 
+import base64
 import codecs
 import json
 import os
+import re
 import tempfile
 
 import numpy as np
@@ -23,6 +26,9 @@ import numpy as np
 class Tokenizer:
     def prompt(self, text):
         return self.encode(text)
+
+    def encode_documents(self, texts):
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids):
         """Token ids to text. Bytes that are no UTF-8, as half a character at the end, become U+FFFD."""
@@ -118,6 +124,9 @@ class TiktokenTokenizer(Tokenizer):
         """Ids of a text; <|endoftext|> in it is the token of that name."""
         return np.array(self.encoding.encode(text, allowed_special={"<|endoftext|>"}, disallowed_special=()))
 
+    def encode_documents(self, texts):
+        return [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+
     def token_bytes(self, i):
         try:
             return self.encoding.decode_single_token_bytes(i)
@@ -143,6 +152,112 @@ class TiktokenTokenizer(Tokenizer):
         return hub_files(tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
 
 
+# Byte-level BPE writes each byte as one printable character: those that are printable as themselves, the others from
+# U+0100 on (https://github.com/openai/gpt-2/blob/master/src/encoder.py)
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(b): b for b in PRINTABLE}
+BYTES |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's
+# GPT-2's rule for where words begin: no token crosses such a border (https://github.com/openai/gpt-2, src/encoder.py;
+# each run is written possessively, which finds the same words faster)
+WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+class BytePairTokenizer(TiktokenTokenizer):
+    """Byte-pair encoding of a vocabulary of one's own. tokens: the bytes of each id, in the order in which pairs are
+    merged, written in the printable characters of BYTES; <|endoftext|> follows behind them. ValueError if that is no
+    vocabulary."""
+
+    def __init__(self, tokens, pattern=WORDS):
+        import tiktoken
+
+        try:
+            ranks = {bytes(BYTES[c] for c in token): i for i, token in enumerate(tokens)}
+            if len(ranks) < len(tokens) or not ranks.keys() >= {bytes([b]) for b in range(256)}:
+                raise ValueError("tokens are missing or come twice")
+            end = {"<|endoftext|>": len(tokens)}
+            self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=end)
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"this byte-pair vocabulary is damaged: {e}") from None
+        self.vocab_size, self.eot = len(tokens) + 1, len(tokens)
+        self.description = {"kind": "bpe", "tokens": tokens, "pattern": pattern}
+
+    @classmethod
+    def train(cls, vocab_size, texts):
+        """Learn vocab_size tokens at most, end of text among them, from an iterable of texts."""
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+        learner = Tokenizer(models.BPE())
+        words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+        raw_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        learner.pre_tokenizer = pre_tokenizers.Sequence([words, raw_bytes])
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=sorted(BYTES), show_progress=False)
+        learner.train_from_iterator(texts, trainer)
+        vocab = learner.get_vocab()
+        return cls(sorted(vocab, key=vocab.get))
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A model of the sentencepiece library. model: the bytes of its file in base64. ValueError if it is none."""
+
+    def __init__(self, model):
+        try:
+            import sentencepiece
+        except ImportError:
+            raise ValueError("a SentencePiece model needs its library: pip install sentencepiece") from None
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(model, validate=True))
+            self.vocab_size = self.model.vocab_size()
+        except Exception as e:  # RuntimeError of its parser, binascii.Error
+            raise ValueError(f"this is no SentencePiece model: {e}") from None
+        self.eot = self.model.eos_id() if self.model.eos_id() >= 0 else None
+        self.description = {"kind": "sentencepiece", "model": model}
+
+    def encode(self, text):
+        return np.array(self.model.encode(text), dtype=np.int64)
+
+    def encode_documents(self, texts):
+        return [np.array(ids, dtype=np.int64) for ids in self.model.encode(texts, num_threads=1)]
+
+    def decode(self, ids):
+        return self.model.decode([int(i) for i in ids if i < self.vocab_size])
+
+    def token_bytes(self, i):
+        if i >= self.vocab_size:
+            return "\N{REPLACEMENT CHARACTER}".encode()
+        piece = self.model.id_to_piece(i)
+        if self.model.is_byte(i):
+            return bytes([int(piece[3:5], 16)])  # <0x0A>
+        return piece.replace(SPACE, " ").encode()
+
+    def hub_files(self):
+        """The same in terms of the tokenizers library. Texts that spell out a control token may come out otherwise."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+        from tokenizers import Regex, Tokenizer, decoders, models, normalizers
+
+        proto = ModelProto.FromString(self.model.serialized_model_proto())
+        rules, unknown, pieces = proto.normalizer_spec, proto.trainer_spec.unk_id, [p.piece for p in proto.pieces]
+        if proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM:
+            scores = [(p.piece, p.score) for p in proto.pieces]
+            model = models.Unigram(scores, unk_id=unknown, byte_fallback=proto.trainer_spec.byte_fallback)
+        else:
+            ids, merges = {piece: i for i, piece in enumerate(pieces)}, []
+            for p in sorted((p for p in proto.pieces if p.type == p.NORMAL), key=lambda p: -p.score):
+                pairs = [(p.piece[:k], p.piece[k:]) for k in range(1, len(p.piece))]
+                pairs = [(a, b) for a, b in pairs if a in ids and b in ids]
+                merges += sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+            fallback = dict(fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback)
+            model = models.BPE(ids, merges, unk_token=pieces[unknown], **fallback)
+        before = [normalizers.Precompiled(rules.precompiled_charsmap)] if rules.precompiled_charsmap else []
+        before += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")] * rules.remove_extra_whitespaces
+        before += [normalizers.Prepend(SPACE)] * rules.add_dummy_prefix + [normalizers.Replace(" ", SPACE)]
+        after = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        after += [decoders.Strip(" ", 1, 0)] * rules.add_dummy_prefix
+        tokenizer = Tokenizer(model)
+        tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(before), decoders.Sequence(after)
+        return hub_files(tokenizer, **({} if self.eot is None else {"eos_token": pieces[self.eot]}))
+
+
 HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -155,11 +270,15 @@ class HubTokenizer(Tokenizer):
 
         files = {name: files[name] for name in HUB_FILES if isinstance(files.get(name), str)}  # and no other paths
         try:
-            self.tokenizer = Tokenizer.from_str(files["tokenizer.json"])
+            self.tokenizer, self.plain = (Tokenizer.from_str(files["tokenizer.json"]) for _ in range(2))
             ends = json.loads(files.get("tokenizer_config.json", "{}")).get("eos_token")
             described = json.loads(files["tokenizer.json"])
         except Exception as e:  # the library raises Exception itself
             raise ValueError(f"tokenizer.json is not understood: {e}") from None
+        self.plain.encode_special_tokens = True  # as text
+        for tokenizer in (self.tokenizer, self.plain):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
         self.files, self.description = files, {"kind": "transformers", "files": files}
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eot = self.tokenizer.token_to_id(ends["content"] if isinstance(ends, dict) else ends or "")
@@ -168,6 +287,9 @@ class HubTokenizer(Tokenizer):
 
     def encode(self, text):
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+
+    def encode_documents(self, texts):
+        return [np.array(e.ids, np.int64) for e in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
 
     def prompt(self, text):
         return np.array(self.tokenizer.encode(text).ids, dtype=np.int64)
@@ -183,29 +305,69 @@ class HubTokenizer(Tokenizer):
             return bytes(BYTES[character] for character in token)
         if len(token) == 6 and token.startswith("<0x"):  # SentencePiece's bytes
             return bytes([int(token[3:5], 16)])
-        return token.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+        return token.replace(SPACE, " ").encode()
 
     def hub_files(self):
         return self.files
 
 
-# Byte-level BPE writes each byte as one printable character: those that are printable as themselves, the others from
-# U+0100 on (https://github.com/openai/gpt-2/blob/master/src/encoder.py)
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = {chr(b): b for b in PRINTABLE}
-BYTES |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
+BPE_SAMPLE = 2**28  # bytes of text that a vocabulary is learned from: more changes little, and costs time and memory
 
 
-def from_name(name):
-    """The tokenizer of this name: an encoding of tiktoken, or what a model of transformers has, by its folder or Hub
-    name. ValueError when there is none."""
+def from_name(name, texts=None):
+    """The tokenizer of this name:
+
+        gpt2                  or another encoding of tiktoken
+        char, bpe:8192        made from a text: its characters, or byte-pair encoding with as many tokens
+        x/tokenizer.json      a file of the tokenizers library
+        x.model               a SentencePiece model
+        data/x                the tokenizer of that dataset
+        x, owner/x            that of a model of transformers, a folder or a Hub name
+
+    texts(n) iterates over texts to make one from, a sample of n bytes of them, or all for None. ValueError when there
+    is no such tokenizer."""
     import tiktoken
 
+    if name == "char" or name.startswith("bpe:"):
+        if texts is None:
+            raise ValueError(f"{name} is made from a text: it needs one")
+        if name == "char":
+            characters = {"\n"}  # ends documents
+            for text in texts(None):
+                characters.update(text)
+            return CharTokenizer(sorted(characters))
+        if not re.fullmatch(r"bpe:\d{1,9}", name) or int(name[4:]) < 257:
+            raise ValueError(f"{name}: bpe:N takes a number of tokens from 257, the bytes and the end of text, on")
+        return BytePairTokenizer.train(int(name[4:]), texts(BPE_SAMPLE))
     if name in tiktoken.list_encoding_names():
         return TiktokenTokenizer(name)
+    try:
+        if os.path.isfile(os.path.join(name, "meta.json")):
+            with open(os.path.join(name, "meta.json"), encoding="utf-8") as f:
+                return from_description(json.load(f)["tokenizer"])
+        if os.path.isfile(name) and name.endswith(".model"):
+            with open(name, "rb") as f:
+                return SentencePieceTokenizer(base64.b64encode(f.read()).decode())
+        if os.path.isfile(name):
+            with open(name, encoding="utf-8") as f:
+                files = read_texts(os.path.dirname(name), HUB_FILES) | {"tokenizer.json": f.read()}
+            return HubTokenizer({"tokenizer_config.json": guess_config(files["tokenizer.json"]), **files})
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{name} holds no tokenizer ({e})") from None
     if description := from_hub(name):
         return from_description(description)
-    raise ValueError(f"no tokenizer {name}: gpt2, another encoding of tiktoken, a model's folder or Hub name is wanted")
+    raise ValueError(
+        f"no tokenizer {name}: char, bpe:8192, {', '.join(tiktoken.list_encoding_names())}, a tokenizer.json, "
+        "a SentencePiece .model, the folder of a dataset or of a model, or a Hub name is wanted"
+    )
+
+
+def guess_config(tokenizer_json):
+    """tokenizer_config.json for a tokenizer.json that comes without: it names the token that ends a document."""
+    known = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")
+    added = {token["content"] for token in json.loads(tokenizer_json).get("added_tokens", [])}
+    ends = [token for token in known if token in added]
+    return json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | ({"eos_token": ends[0]} if ends else {}))
 
 
 def from_hub(name):
@@ -250,12 +412,14 @@ def same_tokens(a, b):
 def from_description(description):
     """The tokenizer that a description stands for. ValueError for one that is not understood."""
     kinds = {
-        "char": (CharTokenizer, "characters", str),
-        "tiktoken": (TiktokenTokenizer, "name", str),
-        "transformers": (HubTokenizer, "files", dict),
+        "char": (CharTokenizer, {"characters": str}),
+        "tiktoken": (TiktokenTokenizer, {"name": str}),
+        "bpe": (BytePairTokenizer, {"tokens": list, "pattern": str}),
+        "sentencepiece": (SentencePieceTokenizer, {"model": str}),
+        "transformers": (HubTokenizer, {"files": dict}),
     }
     if isinstance(description, dict) and str(description.get("kind")) in kinds:
-        tokenizer, field, kind = kinds[description["kind"]]
-        if isinstance(description.get(field), kind):
-            return tokenizer(description[field])
+        tokenizer, fields = kinds[description["kind"]]
+        if all(isinstance(description.get(field), kind) for field, kind in fields.items()):
+            return tokenizer(**{field: description[field] for field in fields})
     raise ValueError(f"this describes no tokenizer known here: {str(description)[:80]}")

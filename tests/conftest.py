@@ -15,8 +15,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the models here are too small to share, a
 
 import torch
 
-from data.shards import DatasetWriter
-from data.tokenizer import CharTokenizer
+from data.documents import Piece, Texts
+from data.preparation import OPTIONS, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, I left\n"
@@ -31,12 +31,15 @@ def in_root(monkeypatch):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Folder of a character-level dataset of some thousand tokens."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = CharTokenizer(sorted(set(TEXT)))
-    with DatasetWriter(str(folder), tokenizer, source="a test") as out:
-        out.write("train", tokenizer.encode(TEXT * 40))
-        out.write("val", tokenizer.encode(TEXT * 5))
-    return str(folder)
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    pieces = [Piece(TEXT * 40, False, "train"), Piece(TEXT * 5, False, "val")]
+    write_dataset(folder, Texts(pieces), options(tokenizer="char"), "a test")
+    return folder
+
+
+def options(**changed):
+    """What prepare_script yields without flags."""
+    return SimpleNamespace(**{name: default for name, (default, _) in OPTIONS.items()} | changed)
 
 
 @pytest.fixture

@@ -3,14 +3,11 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, TEXT
 
-from data.shards import Dataset, DatasetWriter, eval_windows, prepare_script, shuffle, train_windows
+from data.shards import Dataset, eval_windows, shuffle, train_windows
 from data.tokenizer import CharTokenizer, from_description
 
 
@@ -85,16 +82,6 @@ def test_shards_are_one_stream(tmp_path):
     assert stream.windows(np.array([0, 398]), 5).tolist() == [ids[:5].tolist(), ids[398:403].tolist()]
 
 
-def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path):
-    tokenizer = CharTokenizer([chr(i) for i in range(0x10000, 0x10000 + 70000)])
-    with DatasetWriter(str(tmp_path), tokenizer, "a test") as out:
-        for part in ([69999, 3], [70000 - 2]):
-            out.write("train", part)
-    data = Dataset(str(tmp_path))
-    assert os.path.getsize(tmp_path / "train.bin") == 12 and data.vocab_size == 70000
-    assert data.split("train").read(0, 3).tolist() == [69999, 3, 69998]
-
-
 def test_each_epoch_visits_every_window_once_in_another_order():
     n, T = 1000, 16
     per_epoch = (n - T) // T
@@ -133,47 +120,6 @@ def test_eval_windows_are_spread_and_do_not_overlap():
     assert len(eval_windows(10_000, 16, 10**9)) == 9999 // 16
 
 
-def test_an_interrupted_writer_leaves_what_was_there(tmp_path):
-    tokenizer = CharTokenizer("abc")
-    with DatasetWriter(str(tmp_path), tokenizer, "first") as out:
-        out.write("train", [0, 1, 2])
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    with pytest.raises(KeyboardInterrupt), DatasetWriter(str(tmp_path), tokenizer, "second") as out:
-        out.write("train", [2, 2])
-        raise KeyboardInterrupt
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
-
-
-def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
-    with (
-        pytest.raises(OSError, match="No space left on device"),
-        DatasetWriter(str(tmp_path), CharTokenizer("ab"), "x") as out,
-    ):
-        out.write("train", [0])
-        raise OSError(28, "No space left on device")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_files_killed_between_renames_do_not_train(tmp_path, monkeypatch):
-    tokenizer = CharTokenizer("abc")
-    with DatasetWriter(str(tmp_path), tokenizer, "first") as out:
-        out.write("train", [0, 1, 2])
-        out.write("val", [0, 1, 2])
-    calls = iter(range(9))
-
-    def replace(a, b, real=os.replace):
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        real(a, b)
-
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(KeyboardInterrupt), DatasetWriter(str(tmp_path), tokenizer, "second") as out:
-        out.write("train", [0])
-        out.write("val", [0])
-    with pytest.raises(ValueError, match="meta.json says"):
-        Dataset(str(tmp_path)).split("val")
-
-
 def old_folder(folder, meta):
     """A dataset folder as nanoGPT's prepare scripts leave it."""
     for split in ("train", "val"):
@@ -210,6 +156,7 @@ def test_a_hostile_meta_pkl_is_refused_and_does_not_run(tmp_path):
         ("train.bin", b"", "0 bytes"),
         ("train.bin", b"abc", "3 bytes"),
         ("train.bin", b"ab" * 10, "meta.json says 4,400"),
+        ("preparing.json", b'{"replacing": true}', "is not finished"),
         ("train.bin", None, "no train.bin as meta.json lists it"),
         ("meta.json", b"{", "damaged"),
         ("meta.json", b"[" * 100_000, "damaged"),
@@ -234,82 +181,3 @@ def test_streams_that_do_not_fit_the_model_are_described(tiny):
         stream.check(1000, 99)
     with pytest.raises(ValueError, match="vocabulary ends at 9"):
         stream.check(16, 10)
-
-
-def prepare(tmp_path, name):
-    """Run a copy of a prepare script in a copy of data/; what it printed, and the folder."""
-    shutil.copytree(ROOT / "data", tmp_path / "data", ignore=shutil.ignore_patterns("*.bin", "meta.json", "input.txt"))
-    folder = tmp_path / "data" / name
-
-    def run(**options):
-        return subprocess.run([sys.executable, folder / "prepare.py"], capture_output=True, text=True, **options)
-
-    return run, folder
-
-
-def test_pydocs_char(tmp_path):
-    run, folder = prepare(tmp_path, "pydocs_char")
-    assert run().returncode == 0
-    data = Dataset(str(folder))
-    train, val = data.split("train"), data.split("val")
-    assert data.vocab_size < 110 and len(train) > 1_000_000 and 0.05 < len(val) / len(train) < 0.2
-    text = from_description(data.tokenizer).decode(train.read(0, len(train)))
-    assert "The expression list" in text or "Assignment statements" in text
-    first = (folder / "meta.json").read_bytes()
-    assert run().returncode == 0 and (folder / "meta.json").read_bytes() == first
-
-
-def test_shakespeare_char_takes_the_text_that_lies_there(tmp_path):
-    run, folder = prepare(tmp_path, "shakespeare_char")
-    (folder / "input.txt").write_text(TEXT * 10)
-    result = run()
-    assert result.returncode == 0 and "not tiny Shakespeare" in result.stderr
-    assert len(Dataset(str(folder)).split("train")) == int(len(TEXT) * 10 * 0.9)
-
-
-def test_shakespeare_char_has_the_known_counts(tmp_path):
-    if not os.environ.get("TINYSHAKESPEARE"):
-        pytest.skip("TINYSHAKESPEARE names no input.txt")
-    run, folder = prepare(tmp_path, "shakespeare_char")
-    shutil.copy(os.environ["TINYSHAKESPEARE"], folder / "input.txt")
-    assert run().returncode == 0
-    data = Dataset(str(folder))
-    assert (data.vocab_size, len(data.split("train")), len(data.split("val"))) == (65, 1_003_854, 111_540)
-    assert data.split("train").read(0, 5).tolist() == [18, 47, 56, 57, 58]  # First
-
-
-def test_shakespeare_char_without_network_says_what_to_do(tmp_path):
-    run, folder = prepare(tmp_path, "shakespeare_char")
-    nowhere = {**os.environ, "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9", "no_proxy": ""}
-    result = run(env=nowhere)
-    assert (
-        result.returncode == 2 and result.stderr.startswith("error: cannot download") and "\n" not in result.stderr[:-1]
-    )
-    assert "save it as" in result.stderr and not list(folder.glob("*.bin")) and not list(folder.glob("*.tmp"))
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [(b"", "is empty"), (b"\xff\xfe\xfd", "is not UTF-8 text"), (None, "Is a directory")],
-)
-def test_shakespeare_char_refuses_what_is_no_text(tmp_path, content, message):
-    run, folder = prepare(tmp_path, "shakespeare_char")
-    (folder / "input.txt").mkdir() if content is None else (folder / "input.txt").write_bytes(content)
-    result = run()
-    errors = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")]
-    assert result.returncode == 2 and len(errors) == 1 and message in errors[0] and not list(folder.glob("*.bin"))
-
-
-def test_a_prepare_script_that_cannot_write_says_so(tmp_path):
-    run, folder = prepare(tmp_path, "shakespeare_char")
-    (folder / "input.txt").write_text(TEXT * 10)
-    (folder / "train.bin.tmp").mkdir()
-    result = run()
-    assert result.returncode == 2 and "error: Is a directory" in result.stderr and "Traceback" not in result.stderr
-
-
-def test_ctrl_c_in_a_prepare_script_is_quiet(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prepare.py"])
-    with pytest.raises(SystemExit) as e, prepare_script("A script."):
-        raise KeyboardInterrupt
-    assert e.value.code == 130 and capsys.readouterr().err == ""

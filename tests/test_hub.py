@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 import transformers
-from conftest import TEXT
+from conftest import TEXT, options
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen3Config
 
 from data.tokenizer import CharTokenizer, from_description, from_hub, from_name, same_tokens
@@ -290,14 +290,14 @@ def test_a_folder_of_transformers_is_finetuned_and_goes_back(script, tiny_run, t
     theirs = random_model(LlamaConfig(**{**LLAMA, "vocab_size": 300}))
     theirs.save_pretrained(tmp_path / "in")
     fast = byte_tokenizer(tmp_path / "in")
-    from data.shards import DatasetWriter
+    from data.documents import Piece, Texts
+    from data.preparation import write_dataset
 
     tokenizer = from_name(str(tmp_path / "in"))
     assert tokenizer.eot == 1 and tokenizer.prompt("a").tolist() == fast("a")["input_ids"]
     assert len(tokenizer.prompt("a")) == 2 and len(tokenizer.encode("a")) == 1
-    with DatasetWriter(str(tmp_path / "data"), tokenizer, source="a test") as out:
-        out.write("train", tokenizer.encode(TEXT * 40))
-        out.write("val", tokenizer.encode(TEXT * 5))
+    pieces = [Piece(TEXT * 40, False, "train"), Piece(TEXT * 5, False, "val")]
+    write_dataset(str(tmp_path / "data"), Texts(pieces), options(tokenizer=str(tmp_path / "in")), "a test")
     flags = [flag for flag in tiny_run.flags if not flag.startswith(("--n_", "--dataset"))]
     begin = [*flags, f"--init_from={tmp_path / 'in'}"]
     result = script("train.py", *begin, f"--dataset={tmp_path / 'data'}", "--gradient_checkpointing")

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, "..", ".."))
-from data.shards import DatasetWriter, prepare_script  # noqa: E402
-from data.tokenizer import CharTokenizer  # noqa: E402
+from data.documents import Piece, Texts  # noqa: E402
+from data.preparation import prepare_script, write_dataset  # noqa: E402
 
 PLAIN = str.maketrans({"‘": "'", "’": "'", "´": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "...", "\t": "    "})
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
@@ -65,13 +65,10 @@ def plain(text):
 
 
 if __name__ == "__main__":
-    with prepare_script(__doc__):
-        splits = {"train": [], "val": []}
+    with prepare_script(__doc__) as args:
+        args.tokenizer, pieces = "char", []
         for name, text in documents(sysconfig.get_paths()["stdlib"]):
             held_out = hashlib.sha256(name.encode()).digest()[0] < 26  # of 256
-            splits["val" if held_out else "train"].append(plain(text).strip() + "\n\n\n")
-        tokenizer = CharTokenizer(sorted(set("".join(splits["train"] + splits["val"]))))
-        print(f"{tokenizer.vocab_size} different characters")
-        with DatasetWriter(here, tokenizer, source=f"documentation of Python {sys.version.split()[0]}") as out:
-            for split, texts in splits.items():
-                out.write(split, tokenizer.encode("".join(texts)))
+            pieces.append(Piece(plain(text).strip() + "\n\n\n", False, "val" if held_out else "train"))
+        source = f"documentation of Python {sys.version.split()[0]}"
+        write_dataset(here, Texts(pieces, identity="documentation of Python"), args, source)

@@ -1,0 +1,60 @@
+"""
+Prepare FineWeb, cleaned pages of the web, in GPT-2's tokens.
+
+    python data/fineweb/prepare.py --pretokenized --files=10       ready-made tokens: 1 billion, 2 GB
+    python data/fineweb/prepare.py                                 from text, with any --tokenizer
+    python data/fineweb/prepare.py --num_samples=20000 --val_share=0.01
+
+--pretokenized fetches files of kjj0/fineweb10B-gpt2 on the Hugging Face Hub, on which the records of modded-nanogpt are
+trained: one for validation and --files=103 for training, of 100 million tokens and 200 MB each. To get more of them
+later, add --force, which keeps those that are there. Without --pretokenized the sample of 10 billion tokens of
+HuggingFaceFW/fineweb is read, 15 parquet files (31 GB, nothing of them is kept) with 14.9 million pages, one in 2,000
+of them for validation: about 10 billion tokens, 20 GB.
+"""
+
+import os
+import sys
+
+import numpy as np
+from tqdm import tqdm
+
+here = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(here, "..", ".."))
+from data.documents import Files  # noqa: E402
+from data.preparation import CORPUS, begin, locked, prepare_script, replace, write_dataset, write_json  # noqa: E402
+from data.shards import PREPARING  # noqa: E402
+
+HUB = "hf://datasets/HuggingFaceFW/fineweb/sample/10BT/*.parquet"
+READY = "kjj0/fineweb10B-gpt2"
+
+
+def fetch_tokens(count, force):
+    """Download ready-made files of tokens: one for validation and `count` for training."""
+    from huggingface_hub import hf_hub_download
+
+    names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1))]
+    with locked(here):
+        state = begin(here, {"repository": READY, "files": names}, force)
+        if state is None:
+            return
+        write_json(os.path.join(here, PREPARING), state | {"replacing": True})
+        files = {}
+        for name in tqdm(names, desc="downloading", unit=" files"):
+            try:
+                path = hf_hub_download(READY, name, repo_type="dataset", local_dir=here)
+            except Exception as e:  # of the library that it uses for the network
+                raise OSError(f"cannot fetch {name} of {READY} ({e}): the same command carries on from here") from None
+            files[name] = {"tokens": int(np.fromfile(path, "<i4", 3)[2])}  # as its header says
+        tokenizer = {"kind": "tiktoken", "name": "gpt2"}
+        meta = {"vocab_size": 50257, "dtype": "uint16", "tokenizer": tokenizer, "source": READY}
+        replace(here, meta | {"recipe": state["recipe"], "files": files})
+
+
+if __name__ == "__main__":
+    with prepare_script(__doc__, "input", *CORPUS, val_share=0.0005, pretokenized=False, files=103) as args:
+        if not 1 <= args.files <= 103:
+            raise ValueError(f"--files takes a number from 1 to 103, not {args.files}")
+        if args.pretokenized:
+            fetch_tokens(args.files, args.force)
+        else:
+            write_dataset(here, Files({None: [args.input or HUB]}, args), args, source=args.input or HUB)

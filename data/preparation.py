@@ -1,0 +1,425 @@
+"""
+From documents to a dataset: what the prepare scripts share.
+
+    with prepare_script(__doc__, *CORPUS) as args:
+        write_dataset(folder, Files({None: [args.input]}, args), args, source="where the text is from")
+
+Documents are read one after another, encoded on all cores and written in their order; no more than some batches of them
+are ever in memory. The same input gives the same files, on however many cores and after however many interruptions:
+what is written, and where to read on, stands in preparing.json until all is there.
+
+The encoders are Rust and C++ that let Python's other threads run, so threads use all cores, alike on every system.
+"""
+
+import argparse
+import collections
+import contextlib
+import glob
+import hashlib
+import http.client
+import itertools
+import json
+import os
+import re
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from tqdm import tqdm
+
+from data.shards import PREPARING, Dataset, read_json
+from data.tokenizer import from_description, from_name
+
+# -----------------------------------------------------------------------------
+# the frame of a prepare.py
+
+OPTIONS = {  # name: (default, help)
+    "inputs": ([], "files, folders and 'patterns*' to read; - for standard input"),
+    "input": ("", "file, folder or 'pattern*' to read instead of the download, in the same format or another"),
+    "name": ("", "folder in data/ to write to"),
+    "tokenizer": (
+        "gpt2",
+        "char, bpe:8192, gpt2, a tokenizer.json, a .model, a dataset's folder, a model's folder or name",
+    ),
+    "column": ("text", "where the text is in jsonl, csv and parquet"),
+    "format": ("", "txt, jsonl, csv, tsv or parquet, for names that do not end so"),
+    "val_share": (0.1, "share of the documents for validation, chosen by a hash of their text"),
+    "num_samples": (0, "documents to take; 0: all"),
+    "max_bad": (0.01, "share of rows or of bytes that may be unreadable; those are left out and counted"),
+    "shard_tokens": (0, "tokens in a file, train_000000.bin and so on; 0: one train.bin"),
+    "workers": (0, "threads; 0: one a core"),
+    "force": (False, "replace what the folder holds"),
+}
+CORPUS = ("tokenizer", "column", "val_share", "num_samples", "max_bad", "shard_tokens", "workers")
+
+
+@contextlib.contextmanager
+def prepare_script(doc, *names, **defaults):
+    """What a prepare.py runs in. Yields all OPTIONS; those named, those given with another default and any further ones
+    given are flags of its command line, with --force and --help, which prints doc. OSError and ValueError end it with
+    one line and exit code 2, the code for wrong usage, Ctrl-C with 130."""
+    options = {name: default for name, (default, _) in OPTIONS.items()} | defaults
+    options["tokenizer"] = os.environ.get("TOKENIZER") or options["tokenizer"]
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
+    for name in dict.fromkeys((*defaults, *names, "force")):
+        default, text = options[name], OPTIONS.get(name, ("", ""))[1]
+        text += f" ({default})" * (default not in ("", [], False))
+        if isinstance(default, list):
+            parser.add_argument(name, nargs="*", help=text)
+        elif isinstance(default, bool):
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+        else:
+            parser.add_argument(f"--{name}", type=type(default), default=default, help=text, metavar="...")
+    args = argparse.Namespace(**options)
+    parser.parse_args(namespace=args)
+    try:
+        if not 0 < args.val_share < 1 or not 0 <= args.max_bad <= 1:
+            raise ValueError("--val_share and --max_bad are shares: numbers between 0 and 1")
+        if min(args.num_samples, args.shard_tokens, args.workers) < 0:
+            raise ValueError("--num_samples, --shard_tokens and --workers must not be negative")
+        yield args
+    except KeyboardInterrupt:
+        print("interrupted: the same command carries on", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError) as e:
+        named = isinstance(e, OSError) and e.filename and e.strerror
+        print("error:", f"{e.strerror}: {e.filename}" if named else " ".join(str(e).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def download(url, path, sha256):
+    """Fetch url into path, which appears when all of it is there and its checksum is right. OSError otherwise."""
+    digest, temporary = hashlib.sha256(), path + ".tmp"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as response, open(temporary, "wb") as f:
+            size = int(response.headers.get("Content-Length") or 0) or None
+            with tqdm(total=size, unit="B", unit_scale=True, desc="downloading") as bar:
+                while chunk := response.read(1 << 16):
+                    f.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+        if digest.hexdigest() != sha256:
+            raise OSError(f"its sha256 is not {sha256}")
+        os.replace(temporary, path)
+    except (OSError, http.client.HTTPException) as e:
+        raise OSError(
+            f"cannot download ({e or type(e).__name__}): fetch {url} elsewhere and save it as {path}"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+# -----------------------------------------------------------------------------
+# from documents to files of tokens
+
+BATCH = 1 << 18  # characters that a thread encodes at once
+SAVE_EVERY = 10  # seconds
+
+
+def write_dataset(folder, corpus, args, source):
+    """Encode the documents of a corpus, Texts or Files, into a dataset folder.
+
+    The files take their places when all is done; until then what was there before stands. An interrupted call is
+    carried on by the next one with the same args and corpus, a finished one is not repeated. ValueError if the folder
+    holds something else and args.force is not set; OSError when files cannot be written.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with locked(folder):
+        recipe = {name: getattr(args, name) for name in ("tokenizer", "column", "val_share", "num_samples")}
+        recipe |= {"shard_tokens": args.shard_tokens, "inputs": corpus.identity}
+        state = begin(folder, recipe, args.force)
+        if state and not state.get("replacing"):
+            state["tokenizer"] = state["tokenizer"] or make_tokenizer(corpus, args).description
+            tokenizer = from_description(state["tokenizer"])
+            with TokenFiles(folder, tokenizer, args.shard_tokens, state["tokens"]) as files:
+                if not files.intact():
+                    print("the unfinished files are damaged: beginning again")
+                    state.update(beginning(recipe), tokenizer=state["tokenizer"])
+                    files.tokens = state["tokens"]
+                encode(corpus, tokenizer, args, state, files)
+                files.fill_both_splits()
+            left_out = {name: n for name, n in corpus.counts.items() if name in ("bad rows", "undecodable bytes") and n}
+            state["meta"] = {
+                "vocab_size": tokenizer.vocab_size,
+                "dtype": files.dtype.name,
+                "tokenizer": state["tokenizer"],
+                "source": source,
+                "documents": state["documents"],
+                "left_out": left_out,
+                "recipe": recipe,
+                "files": {name: files.describe(name) for name in files.sizes()},
+            }
+            state["replacing"] = True
+            write_json(os.path.join(folder, PREPARING), state)
+            for what, n in left_out.items():
+                first = f" (the first: {corpus.first_bad})" if what == "bad rows" else ""
+                print(f"left out: {n:,} {what}{first}")
+        if state:
+            replace(folder, state["meta"])
+
+
+def begin(folder, recipe, force):
+    """The state to start from, None if the dataset is there already. ValueError if the folder holds another one."""
+    unfinished, meta = (read_json(os.path.join(folder, name)) for name in (PREPARING, "meta.json"))
+    there = unfinished or meta or ({} if glob.glob(os.path.join(glob.escape(folder), "*.bin")) else None)
+    if there is not None and there.get("recipe") != recipe and not force:
+        before = there.get("recipe") or {}
+        changed = [k for k in recipe if before.get(k) != recipe[k]]
+        changed = ["other or changed input" if k == "inputs" else f"{k} {before.get(k)}" for k in changed]
+        kind = "an unfinished dataset" if unfinished else "a dataset"
+        how = f"with {'; '.join(changed)}" if before else "in another way"
+        raise ValueError(f"{folder} holds {kind} that was made {how}: --force replaces it")
+    if unfinished and unfinished.get("recipe") == recipe:
+        print(f"carrying on after {sum(unfinished['documents'].values()):,} documents")
+        return unfinished
+    if meta and not force:
+        try:
+            tokens = {split: len(Dataset(folder).split(split)) for split in ("train", "val")}
+            print(f"{folder} is finished: {tokens['train']:,} + {tokens['val']:,} tokens; --force makes it again")
+            return None
+        except (OSError, ValueError) as e:
+            print(f"making it again: {e}")
+    return beginning(recipe)
+
+
+def beginning(recipe):
+    """The state of a dataset of which nothing is made: part and piece say where to read on, counts what the corpus had
+    counted when that part began."""
+    zero = {"train": 0, "val": 0}
+    return dict(recipe=recipe, tokenizer=None, part=0, piece=0, counts={}, documents=zero, tokens=dict(zero))
+
+
+def make_tokenizer(corpus, args):
+    """The tokenizer that args name. One that is made of a text sees that of the documents for training."""
+
+    def texts(n):
+        share = 1 if n is None else min(1, n / max(1, corpus.size))
+        start = dict(part=0, piece=0, counts={}, documents={}, tokens={})
+        with progress(corpus, args, start, f"reading for {args.tokenizer}") as show:
+            for _, _, piece, split in read(corpus, args, start, {}):
+                if n is None or split == "train" and fraction(piece.text, 1) < share:
+                    yield piece.text
+                show()
+
+    return from_name(args.tokenizer, texts)
+
+
+def fraction(text, which):
+    """A number from 0 to 1 that depends on nothing but the text; another one for each which."""
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+    return int.from_bytes(digest[8 * which : 8 * which + 8], "little") / 2**64
+
+
+def read(corpus, args, state, counts):
+    """Yield (part, how many pieces of it are read, piece, split) from where state says, as many documents as args say.
+    counts becomes {part: the corpus's counts when it began}."""
+    corpus.counts.update(dict.fromkeys(corpus.counts, 0) | state["counts"])
+    taken, skip = sum(state["documents"].values()), state["piece"]
+    for part in range(state["part"], len(corpus.parts)):
+        counts[part] = dict(corpus.counts)
+        for n, piece in enumerate(corpus.pieces(part), 1):
+            if n > skip and not (args.num_samples and taken >= args.num_samples):
+                taken += piece.ends
+                yield part, n, piece, piece.split or ("val" if fraction(piece.text, 0) < args.val_share else "train")
+                corpus.check(final=False)
+            elif n > skip:
+                break
+        skip = 0
+    corpus.check(final=True)
+
+
+@contextlib.contextmanager
+def progress(corpus, args, state, what):
+    """A progress bar, by documents if their number is known, else by bytes; yields what updates it."""
+    begun, already = time.monotonic(), sum(state["tokens"].values())
+    unit = dict(total=args.num_samples, unit=" documents") if args.num_samples else dict(total=corpus.size, unit="B")
+    often = 0.2 if sys.stderr.isatty() else 60  # seconds
+    with tqdm(desc=what, unit_scale=True, mininterval=often, **unit) as bar:
+
+        def show():
+            documents, tokens = sum(state["documents"].values()), sum(state["tokens"].values()) - already
+            speed = f"{tokens / (time.monotonic() - begun + 1e-9) / 1e6:.2f}M tokens/s"
+            bar.set_postfix_str(f"{documents:,} documents, {speed}" if tokens else "", refresh=False)
+            bar.update((documents if args.num_samples else corpus.position()) - bar.n)
+
+        yield show
+
+
+def encode(corpus, tokenizer, args, state, files):
+    """Write the tokens of a corpus's documents, from where state says; state goes along."""
+    counts, separator = {}, [tokenizer.eot]
+    if tokenizer.eot is None:
+        separator = tokenizer.encode("\n")
+
+    def batches():
+        """(part, piece, batch): where to read on behind the batch, a list of (piece, split, whether it is separated
+        from what follows: where a document ends, and where its next piece goes into the other split)."""
+        batch, size = [], 0
+        pieces = itertools.chain(read(corpus, args, state_at_start, counts), [None])
+        for (part, n, piece, split), following in itertools.pairwise(pieces):
+            parted = following is not None and piece.split is None and following[3] != split
+            batch.append((piece, split, piece.ends or parted))
+            size += len(piece.text)
+            if size >= BATCH or following is None:
+                yield part, n, batch
+                batch, size = [], 0
+
+    def ids_of(batch):
+        """{split: ids}"""
+        ids = {"train": [], "val": []}
+        encoded = tokenizer.encode_documents([piece.text for piece, _, _ in batch])
+        for (_, split, separate), part in zip(batch, encoded, strict=True):
+            ids[split] += [part, separator] if separate else [part]
+        return {split: np.concatenate(parts) for split, parts in ids.items() if parts}
+
+    state_at_start = dict(state, documents=dict(state["documents"]))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = args.workers or cores
+    saved = -SAVE_EVERY
+    with ThreadPoolExecutor(workers) as pool, progress(corpus, args, state, "preparing") as show:
+        waiting = collections.deque()
+        for position in itertools.chain(batches(), [None] * 2 * workers):
+            if position:
+                waiting.append((position, pool.submit(ids_of, position[2])))
+            if waiting and (not position or len(waiting) > 2 * workers):
+                (part, n, batch), future = waiting.popleft()
+                for split, ids in future.result().items():
+                    files.write(split, ids)
+                for piece, split, _ in batch:
+                    state["documents"][split] += piece.ends
+                state.update(part=part, piece=n, counts=counts[part])
+                if time.monotonic() - saved > SAVE_EVERY:
+                    files.sync()
+                    write_json(os.path.join(files.folder, PREPARING), state)
+                    saved = time.monotonic()
+                show()
+
+
+class TokenFiles:
+    """The files of a dataset while they are written, with .tmp behind their names: all tokens of a split in one, or
+    shard_tokens in each. tokens: {split: how many are written}."""
+
+    def __init__(self, folder, tokenizer, shard_tokens, tokens):
+        self.folder, self.shard_tokens, self.tokens = folder, shard_tokens, tokens
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        self.open = {}  # split: its last file
+
+    def sizes(self):
+        """{name: tokens} of all files."""
+        if not self.shard_tokens:
+            return {f"{split}.bin": n for split, n in self.tokens.items() if n}
+        starts = {split: range(0, n, self.shard_tokens) for split, n in self.tokens.items()}
+        return {
+            f"{split}_{i:06d}.bin": min(self.shard_tokens, self.tokens[split] - start)
+            for split in starts
+            for i, start in enumerate(starts[split])
+        }
+
+    def temporary(self, name):
+        return os.path.join(self.folder, name + ".tmp")
+
+    def intact(self):
+        """Whether the files hold at least what is said to be written."""
+        sizes = {self.temporary(name): n * self.dtype.itemsize for name, n in self.sizes().items()}
+        return all(os.path.exists(path) and os.path.getsize(path) >= size for path, size in sizes.items())
+
+    def write(self, split, ids):
+        raw = np.ascontiguousarray(ids, dtype=self.dtype)
+        while raw.size:
+            i, offset = divmod(self.tokens[split], self.shard_tokens or 2**62)
+            if split not in self.open:
+                name = f"{split}_{i:06d}.bin" if self.shard_tokens else f"{split}.bin"
+                self.open[split] = open(self.temporary(name), "ab")
+                self.open[split].truncate(offset * self.dtype.itemsize)
+            part = raw[: (self.shard_tokens or 2**62) - offset]
+            self.open[split].write(part)
+            self.tokens[split] += part.size
+            raw = raw[part.size :]
+            if offset + part.size == self.shard_tokens:
+                self.sync()
+                self.open.pop(split).close()
+
+    def sync(self):
+        for f in self.open.values():
+            f.flush()
+            os.fsync(f.fileno())
+
+    def fill_both_splits(self):
+        """A hash may send the few documents of a small corpus into one split: then cut that, nine to one."""
+        self.sync()
+        if sum(self.tokens.values()) < 2:
+            raise ValueError("there is no text in this input")
+        if 0 in self.tokens.values():
+            ids = np.concatenate([np.fromfile(self.temporary(name), self.dtype) for name in self.sizes()])
+            self.close()
+            self.tokens.update(train=0, val=0)
+            cut = max(1, len(ids) * 9 // 10)
+            self.write("train", ids[:cut])
+            self.write("val", ids[cut:])
+            self.sync()
+
+    def describe(self, name):
+        digest = hashlib.sha256()
+        with open(self.temporary(name), "rb") as f:
+            while block := f.read(1 << 20):
+                digest.update(block)
+        return {"tokens": self.sizes()[name], "sha256": digest.hexdigest()}
+
+    def close(self):
+        for f in self.open.values():
+            f.close()
+        self.open = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, failure, trace):
+        if isinstance(failure, OSError):
+            failure.filename = failure.filename or self.folder  # a full disk names no file
+        with contextlib.suppress(OSError) if failure else contextlib.nullcontext():
+            self.close()
+
+
+def replace(folder, meta):
+    """Let the files that are written take their places. Until the last is there, PREPARING says that some may not."""
+    for name in meta["files"]:
+        if os.path.exists(os.path.join(folder, name + ".tmp")):
+            os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
+    for name in os.listdir(folder):  # what was there before
+        if re.fullmatch(r"(.*_)?(train|val)(_\d+)?\.bin(\.tmp)?|meta\.pkl", name) and name not in meta["files"]:
+            os.remove(os.path.join(folder, name))
+    write_json(os.path.join(folder, "meta.json"), meta)
+    os.remove(os.path.join(folder, PREPARING))
+    for name, entry in meta["files"].items():
+        print(f"{os.path.join(folder, name)}: {entry['tokens']:,} tokens")
+
+
+def write_json(path, content):
+    """Write a JSON file whole or not at all."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keep a second process out of a folder, where the system knows how. ValueError if there is another one in it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        fcntl = None
+    handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"another process is preparing {folder}") from None
+    finally:
+        if fcntl:
+            os.close(handle)

@@ -1,0 +1,87 @@
+"""
+Prepare abstracts of scientific papers from arXiv, in GPT-2's tokens.
+
+    python data/scientific_papers/prepare.py --num_samples=20000
+    python data/scientific_papers/prepare.py --source=arxiv --query="cat:cs.CL" --num_samples=2000
+
+Reads the parquet files of gfissore/arxiv-abstracts-2021 on the Hugging Face Hub, of which only the abstracts travel:
+1,999,486 of them, to the end of 2021, are about 0.4 billion tokens. --source=arxiv asks the API of arXiv instead, for
+what --query selects (https://info.arxiv.org/help/api, a request every three seconds, 1,000 papers without
+--num_samples), and keeps the answers in a .jsonl file beside this one, to go on from there the next time. Line breaks
+within abstracts become spaces. One abstract in 100 is for validation.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+import urllib.parse
+import urllib.request
+from xml.etree import ElementTree
+
+from tqdm import tqdm
+
+here = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(here, "..", ".."))
+from data.documents import Files  # noqa: E402
+from data.preparation import CORPUS, prepare_script, write_dataset  # noqa: E402
+
+HUB = "hf://datasets/gfissore/arxiv-abstracts-2021@refs/convert/parquet/default/train/*.parquet"
+API = "https://export.arxiv.org/api/query"
+ATOM, SEARCH = "{http://www.w3.org/2005/Atom}", "{http://a9.com/-/spec/opensearch/1.1/}"
+PAUSE, PAGE = 3, 200  # seconds between requests, papers in an answer
+
+
+def ask(query, start, count):
+    """What the API knows of papers start .. start + count - 1 for a query: how many there are, and a list of dicts. It
+    is asked again when it fails, as it does now and then."""
+    wanted = dict(search_query=query, start=start, max_results=count, sortBy="submittedDate", sortOrder="ascending")
+    request = urllib.request.Request(f"{API}?{urllib.parse.urlencode(wanted)}", headers={"User-Agent": "plainGPT"})
+    for attempt in range(1, 6):
+        time.sleep(PAUSE * attempt)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                feed = ElementTree.parse(response).getroot()
+        except (OSError, ElementTree.ParseError) as e:
+            failure = e
+            continue
+        names, entries = ("id", "title", "summary"), feed.iter(ATOM + "entry")
+        papers = [{name: entry.findtext(ATOM + name, "") for name in names} for entry in entries]
+        if papers and "/api/errors" in papers[0]["id"]:
+            raise ValueError(f"arXiv does not understand --query={query}: {papers[0]['summary']}")
+        total = int(feed.findtext(SEARCH + "totalResults", "0"))
+        if papers or total <= start:
+            return total, papers
+        failure = "it answers with nothing"
+    raise OSError(f"{API} cannot be asked ({failure}): the same command carries on from here, --input= takes files")
+
+
+def fetch(query, count):
+    """The path of a .jsonl file with the first `count` abstracts for a query, or all if there are fewer."""
+    path = os.path.join(here, f"arxiv-{re.sub('[^A-Za-z0-9]+', '-', query)}.jsonl")
+    with open(path, "a+", encoding="utf-8") as f, tqdm(total=count, desc="asking arXiv", unit=" papers") as bar:
+        f.seek(0)
+        lines = [line for line in f if line.endswith("\n")]  # an interruption may have left half a one
+        if sum(len(line.encode()) for line in lines) < os.path.getsize(path):
+            f.truncate(sum(len(line.encode()) for line in lines))
+        n, total = len(lines), count
+        while n < min(count, total):
+            bar.update(n - bar.n)
+            total, papers = ask(query, n, min(PAGE, count - n))
+            for paper in papers:
+                f.write(json.dumps({"id": paper["id"], "title": paper["title"], "abstract": paper["summary"]}) + "\n")
+            f.flush()
+            n += len(papers)
+        bar.update(n - bar.n)
+    return path
+
+
+if __name__ == "__main__":
+    options = dict(column="abstract", val_share=0.01, source="hub", query="cat:cs.LG")
+    with prepare_script(__doc__, "input", *CORPUS, **options) as args:
+        if args.source not in ("hub", "arxiv"):
+            raise ValueError(f"--source takes hub or arxiv, not {args.source}")
+        source = args.input or (fetch(args.query, args.num_samples or 1000) if args.source == "arxiv" else HUB)
+        corpus = Files({None: [source]}, args, edit=lambda text: " ".join(text.split()))
+        write_dataset(here, corpus, args, source)
