@@ -198,8 +198,8 @@ class Files:
             return [(text, True)] if text else []
         self.counts["bad rows"] += 1
         if not self.first_bad:
-            has = f"has no text in {self.column}, its columns are {', '.join(row)}" if isinstance(row, dict) else ""
-            self.first_bad = f"{where} {has or 'is not understood'}"
+            has = f"has no {self.column}, but {', '.join(row)}" if isinstance(row, dict) else "is not understood"
+            self.first_bad = f"{where} {has}" if text is None else f"the {self.column} in {where} is no text"
         return []
 
     def check(self, final):

@@ -278,7 +278,8 @@ def encode(corpus, tokenizer, args, state, files):
     state_at_start = dict(state, documents=dict(state["documents"]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = args.workers or cores
-    saved = -SAVE_EVERY
+    write_json(os.path.join(files.folder, PREPARING), state)
+    saved = time.monotonic()
     with ThreadPoolExecutor(workers) as pool, progress(corpus, args, state, "preparing") as show:
         waiting = collections.deque()
         for position in itertools.chain(batches(), [None] * 2 * workers):

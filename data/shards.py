@@ -32,7 +32,8 @@ from data.tokenizer import CharTokenizer, from_description  # noqa: E402
 
 HEADER = 256 * 4  # bytes
 HEADERS = {20240520: (1, "<u2", None), 20240801: (7, "<u4", 128256)}  # magic: (version, dtype, vocabulary or None)
-PREPARING = "preparing.json"  # in a dataset folder while it is being made; see data/documents.py
+PREPARING = "preparing.json"  # in a dataset folder while it is being made; see data/preparation.py
+CHECKED = 1 << 28  # tokens: so many are looked at before they are trained on, in some tenths of a second
 
 
 class Dataset:
@@ -168,15 +169,15 @@ class Tokens:
         return np.stack([self.read(start, length) for start in starts.tolist()]).astype(np.int64)
 
     def check(self, block_size, vocab_size):
-        """ValueError if the stream is shorter than a window or holds ids past the vocabulary. Of streams of more than
-        2**28 tokens it looks at the beginning of each file, which is where another type or vocabulary shows."""
+        """ValueError if the stream is shorter than a window or holds ids past the vocabulary. Of long streams it looks
+        at the beginning of each file, which is where another type or vocabulary shows."""
         if len(self) < block_size + 1:
             raise ValueError(
                 f"{next(iter(self.shards))} has {len(self):,} tokens, fewer than block_size + 1 = {block_size + 1:,}: "
                 "use more text" + (f", or --block_size={len(self) - 1} or less" if len(self) > 1 else "")
             )
         for path, shard in self.shards.items():
-            largest = int((shard if len(self) <= 1 << 28 else shard[: 1 << 20]).max())
+            largest = int((shard if len(self) <= CHECKED else shard[: 1 << 20]).max())
             if largest >= vocab_size:
                 raise ValueError(
                     f"{path} has a token id {largest}, but the vocabulary ends at {vocab_size - 1}: "
@@ -246,7 +247,7 @@ def show(folder):
     for name, tokens in splits.items():
         documents = meta.get("documents", {}).get(name)
         of = f" of {documents:,} documents" if documents else ""
-        print(f"{name}: {len(tokens):,} tokens{of} in {len(tokens.shards)} files")
+        print(f"{name}: {len(tokens):,} tokens{of} in {len(tokens.shards)} file{'s' * (len(tokens.shards) > 1)}")
         for path, shard in tokens.shards.items():
             print(f"    {path}: {len(shard):,} tokens, {shard.dtype.name}")
     start = splits["train"].read(0, min(len(splits["train"]), 2000))

@@ -2,12 +2,16 @@ import builtins
 import json
 import os
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from data.shards import Dataset, eval_windows, shuffle, train_windows
+from data.shards import Dataset, eval_windows, show, shuffle, train_windows
 from data.tokenizer import CharTokenizer, from_description
 
 
@@ -173,6 +177,83 @@ def test_damaged_folders_are_described(tiny, tmp_path, name, content, message):
         (folder / name).write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         Dataset(str(folder)).split("train")
+
+
+def with_header(path, ids, magic=20240520, version=1, dtype="<u2", says=None):
+    """A file as llm.c writes it."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(ids) if says is None else says
+    path.write_bytes(header.tobytes() + np.asarray(ids, dtype).tobytes())
+
+
+def test_files_with_headers_are_one_stream_and_may_lie_beside_raw_ones(tmp_path):
+    ids = np.random.default_rng(0).integers(0, 50257, 900)
+    with_header(tmp_path / "fineweb_train_000001.bin", ids[:300])
+    with_header(tmp_path / "fineweb_train_000002.bin", ids[300:301])
+    ids[301:].astype("<u2").tofile(tmp_path / "fineweb_train_000010.bin")
+    with_header(tmp_path / "fineweb_val_000000.bin", ids[::-1])
+    data = Dataset(str(tmp_path))
+    train, val = data.split("train"), data.split("val")
+    assert train.read(0, len(train)).tolist() == ids.tolist() and val.read(0, len(val)).tolist() == ids[::-1].tolist()
+    assert train.windows(np.array([298]), 5).tolist() == [ids[298:303].tolist()] and data.vocab_size is None
+    val.check(100, 50257)
+
+
+def test_four_byte_files_of_llm_c(tmp_path):
+    ids = np.arange(128000, 128256)
+    for name in ("tiny_train.bin", "tiny_val.bin"):
+        with_header(tmp_path / name, ids, magic=20240801, version=7, dtype="<u4")
+    data = Dataset(str(tmp_path))
+    assert data.split("train").read(0, 256).tolist() == ids.tolist() and data.vocab_size == 128256
+
+
+def test_files_without_leading_zeros_are_in_the_order_of_their_numbers(tmp_path):
+    for i in (1, 2, 10):
+        np.full(10, i, "<u2").tofile(tmp_path / f"x_train_{i}.bin")
+    assert Dataset(str(tmp_path)).split("train").read(0, 30)[::10].tolist() == [1, 2, 10]
+
+
+WORDS = np.random.default_rng(0).integers(256, 50257, 4000)
+
+
+@pytest.mark.parametrize(
+    "write, message",
+    [
+        (lambda path: with_header(path, WORDS, says=4001), "has 4,000 tokens, its header says 4,001"),
+        (lambda path: with_header(path, [], says=3), "0 bytes, which is no whole number"),
+        (lambda path: with_header(path, WORDS, version=2), "of version 2 of its format, only 1 is known"),
+        (lambda path: with_header(path, WORDS, dtype="<u4"), "has 8,000 tokens, its header says 4,000"),
+        (lambda path: WORDS.astype("<u4").tofile(path), "numbers of four bytes or more, not uint16"),
+        (lambda path: WORDS.astype("<i8").tofile(path), "numbers of four bytes or more, not uint16"),
+        (lambda path: WORDS.astype("<f4").tofile(path), "token id .* but the vocabulary ends at 50303"),
+        (lambda path: WORDS.astype(">u2").tofile(path), "token id .* but the vocabulary ends at 50303"),
+        (lambda path: path.write_bytes(b"abc"), "3 bytes, which is no whole number of uint16 tokens"),
+    ],
+)
+def test_files_of_another_kind_are_named_before_training(tmp_path, script, tiny_run, write, message):
+    write(tmp_path / "x_train_000001.bin")
+    with_header(tmp_path / "x_val_000000.bin", WORDS)
+    result = script("train.py", *tiny_run.flags, f"--dataset={tmp_path}")
+    (error,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert result.code == 2 and "x_train_000001.bin" in error and re.search(message, error), error
+
+
+def test_training_on_files_with_headers(tmp_path, script, tiny_run):
+    for name in ("x_train_000001.bin", "x_train_000002.bin", "x_val_000000.bin"):
+        with_header(tmp_path / name, WORDS)
+    result = script("train.py", *tiny_run.flags, f"--dataset={tmp_path}", "--max_iters=2")
+    assert result.code == 0, result.err
+
+
+def test_what_a_dataset_holds_is_shown(tiny, tmp_path, capsys, monkeypatch):
+    show(tiny)
+    out = capsys.readouterr().out
+    for part in ("tokenizer char", "source: a test", "train: 4,400 tokens in 1 file\n", "'Call me Ishmael", "' '"):
+        assert part in out
+    command = [sys.executable, ROOT / "data" / "shards.py"]
+    assert subprocess.run([*command, tiny], capture_output=True, text=True).stdout == out
+    nowhere = subprocess.run([*command, tmp_path], capture_output=True, text=True)
+    assert nowhere.returncode == 2 and nowhere.stderr.startswith("error: no dataset in")
 
 
 def test_streams_that_do_not_fit_the_model_are_described(tiny):

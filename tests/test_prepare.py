@@ -8,7 +8,6 @@ import json
 import os
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,7 +21,7 @@ from data import documents, preparation
 from data.documents import Files, Piece, Texts
 from data.preparation import fraction, write_dataset
 from data.shards import Dataset
-from data.tokenizer import BytePairTokenizer, CharTokenizer, from_description, from_name
+from data.tokenizer import BytePairTokenizer, from_description, from_name
 
 DOCUMENTS = [f"{i} {word}\nÜber {TEXT * (i % 7)}" for i, word in enumerate("a bc déf\r\n 日本 🙂 six".split(" ") * 40)]
 
@@ -38,6 +37,12 @@ def make(folder, inputs, **changed):
     inputs = [str(path) for path in (inputs if isinstance(inputs, list) else [inputs])]
     write_dataset(str(folder), Files({None: inputs}, args), args, "a test")
     return Dataset(str(folder))
+
+
+def text_of(data):
+    """What the tokens of train and val decode to."""
+    tokenizer = from_description(data.tokenizer)
+    return [tokenizer.decode(tokens.read(0, len(tokens))) for tokens in (data.split("train"), data.split("val"))]
 
 
 def decoded(data):
@@ -100,10 +105,9 @@ def write_table(path, rows):
     elif kind == "txt":
         path.write_text("<|endoftext|>".join(rows), newline="")
     elif kind == "parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.table({"id": [3] * len(rows), "text": rows}), path, row_group_size=7)
+        parquet = pytest.importorskip("pyarrow.parquet")
+        table = pytest.importorskip("pyarrow").table({"id": [3] * len(rows), "text": rows})
+        parquet.write_table(table, path, row_group_size=7)
     elif kind == "jsonl":
         jsonl(path, rows)
     if path.suffix == ".gz":
@@ -127,12 +131,13 @@ def test_formats_hold_the_same_documents(tmp_path, name):
 
 def test_long_texts_are_cut_between_paragraphs_and_are_whole_again_as_tokens(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "PIECE", 300)
-    text = "\n\n".join(TEXT * (1 + i % 5) for i in range(99)) + "x" * 1000 + "日本語" * 500
+    text = "\n\n".join(f"{i} {TEXT * (i % 5)}" for i in range(99))
+    text += "".join(map(chr, range(0x3400, 0x3900)))  # no space to cut at
     (tmp_path / "book.txt").write_text(text)
     pieces = list(Files({None: [str(tmp_path / "book.txt")]}, options()).pieces(0))
     assert "".join(piece.text for piece in pieces) == text and max(len(piece.text) for piece in pieces) <= 300
     assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert sum(piece.text.endswith("\n") for piece in pieces) > 80
+    assert sum(piece.text.endswith("\n") for piece in pieces) > 60
     data = make(tmp_path / "x", tmp_path / "book.txt")
     # where the text goes on in the other split, an end of text stands instead of what is missing
     passages = [passage for split in decoded(data).values() for passage in split]
@@ -168,26 +173,25 @@ def test_bad_rows_are_left_out_and_counted(tmp_path, capsys):
     (tmp_path / "a.jsonl").write_text("\n\n".join(good[:3] + BAD_ROWS + good[3:]), encoding="latin-1")
     data = make(tmp_path / "x", tmp_path / "a.jsonl", max_bad=0.1)
     assert sorted(sum(decoded(data).values(), [])) == sorted(DOCUMENTS)
-    assert f"left out: 6 bad rows (the first: line 7 of {tmp_path}" in capsys.readouterr().out
-    with pytest.raises(
-        ValueError, match=r"6 bad rows in 206 rows are more than --max_bad=0.01; the first: line 7 of .*"
-    ):
+    assert f"left out: 6 bad rows (the first: the text in line 7 of {tmp_path}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="6 bad rows in 246 rows are more than --max_bad=0.01; the first: the text"):
         make(tmp_path / "y", tmp_path / "a.jsonl")
     assert not list((tmp_path / "y").glob("*.bin"))
 
 
 def test_half_characters_of_json_do_not_stop_a_preparation(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83d"}\n' + '{"text": "bc"}\n' * 3)
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "a\\ud83d"}\n' + '{"text": "bc"}\n' + open(jsonl(tmp_path / "b")).read()
+    )
     assert "a?" in sum(decoded(make(tmp_path / "x", tmp_path / "a.jsonl")).values(), [])
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.txt", b"\xff\xfe\xff\x00" * 999 + b"\xff", "cannot be read|undecodable bytes in"),
         ("a.txt", bytes(range(128, 256)) * 99, "undecodable bytes in .* is this text"),
         ("a.txt", b"", "no text in this input"),
-        ("a.jsonl", b'{"abstract": "x"}\n', "line 1 of .* has no text in text, its columns are abstract"),
+        ("a.jsonl", b'{"abstract": "x"}\n', "line 1 of .* has no text, but abstract"),
         ("a.json", b'[\n{"text": "x"}\n]', "line 1 of .* is not understood"),
         ("a.csv", b"id,abstract\n1,x\n", "has no column text, but id, abstract: --column= names one"),
         ("a.csv", b"", "has no column text"),
@@ -224,7 +228,7 @@ def test_an_interrupted_preparation_carries_on_to_the_same_files(tmp_path, monke
     inputs, settings = [tmp_path / name, jsonl(tmp_path / "z.jsonl", DOCUMENTS[60:])], dict(max_bad=0.5)
     make(tmp_path / "whole", inputs, shard_tokens=1000, **settings)
     write, calls = preparation.TokenFiles.write, iter(range(10**9))
-    for every in (1, 3, 7):
+    for every in (5, 7, 11):
         folder = tmp_path / str(every)
         for _ in range(200):
 
@@ -251,18 +255,19 @@ def test_a_preparation_killed_for_good_carries_on_to_the_same_files(tmp_path):
     make(tmp_path / "whole", path)
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; from data import preparation; "
-        "preparation.SAVE_EVERY, preparation.BATCH = 0, 4000; from test_prepare import make; make(*sys.argv[1:])"
+        "preparation.SAVE_EVERY, preparation.BATCH = 0, 30_000; from test_prepare import make; make(*sys.argv[1:])"
     )
-    for _ in range(60):
-        process = subprocess.Popen([sys.executable, "-c", code, tmp_path / "killed", path], stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "killed" / "preparing.json").exists() and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        if process.wait() == 0:
-            break
+    start = lambda: subprocess.Popen([sys.executable, "-c", code, tmp_path / "killed", path], stderr=subprocess.DEVNULL)  # noqa: E731
+    state = tmp_path / "killed" / "preparing.json"
+    for delay in (0, 0.01, 0.02, 0.03):
+        process, before = start(), state.stat().st_mtime_ns if state.exists() else 0
+        while not (state.exists() and state.stat().st_mtime_ns > before):
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+    assert start().wait() == 0
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
@@ -367,7 +372,7 @@ def test_the_smallest_inputs_fill_both_splits(tmp_path, texts):
     data = make(tmp_path / "x", jsonl(tmp_path / "a.jsonl", texts), val_share=1e-9, tokenizer="char", shard_tokens=100)
     streams = [data.split(split) for split in ("train", "val")]
     ids = np.concatenate([stream.read(0, len(stream)) for stream in streams])
-    assert from_description(data.tokenizer).decode(ids) == "".join(text + "\n" for text in texts)
+    assert "".join(text_of(data)) == "".join(text + "\n" for text in texts)
     assert len(streams[0]) == len(ids) * 9 // 10
 
 
@@ -452,7 +457,7 @@ def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path):
     data = make(tmp_path / "x", jsonl(tmp_path / "a.jsonl", [text]), tokenizer="char")
     tokens = data.split("train")
     assert data.vocab_size == 70001 and os.path.getsize(tmp_path / "x" / "train.bin") == 4 * len(tokens)
-    assert from_description(data.tokenizer).decode(tokens.read(65000, 99)) == text[:-1][65000:65099]
+    assert from_description(data.tokenizer).decode(tokens.read(62000, 99)) == text[62000:62099]
     tokens.check(16, data.vocab_size)
 
 
@@ -496,6 +501,7 @@ def prepare(tmp_path, monkeypatch, capsys):
     ignored = shutil.ignore_patterns("*.bin", "meta.json", "input.txt", "*.jsonl", "__pycache__")
     shutil.copytree(ROOT / "data", tmp_path / "data", ignore=ignored)
     monkeypatch.delenv("TOKENIZER", raising=False)
+    modules = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "data"}
 
     def run(name, *args):
         folder = tmp_path / "data" / name
@@ -510,7 +516,10 @@ def prepare(tmp_path, monkeypatch, capsys):
         out, err = capsys.readouterr()
         return SimpleNamespace(code=code, out=out, err=err, folder=folder)
 
-    return run
+    yield run
+    for name in [name for name in sys.modules if name.split(".")[0] == "data"]:
+        del sys.modules[name]  # the copies
+    sys.modules.update(modules)
 
 
 def errors(result):
@@ -540,10 +549,7 @@ def test_shakespeare_takes_the_text_that_lies_there(prepare, tmp_path):
         assert result.code == 0 and "not tiny Shakespeare" in result.err
         data = Dataset(str(result.folder))
         assert tokens in (None, len(data.split("train")))
-        text = [
-            from_description(data.tokenizer).decode(data.split(s).read(0, len(data.split(s)))) for s in ("train", "val")
-        ]
-        assert text == [(TEXT * 10)[: len(TEXT) * 9], TEXT]
+        assert text_of(data) == [TEXT * 9, TEXT]
 
 
 def test_shakespeare_has_the_known_counts(prepare, tmp_path):
@@ -605,13 +611,7 @@ def test_standard_input(prepare, tmp_path, monkeypatch):
         result = prepare("text", "-", "--format=jsonl", "--column=body", "--tokenizer=char", "--name=in")
         assert result.code == 0 and expected in result.out
     assert set(files(tmp_path / "data" / "in")) == {"train.bin", "val.bin", "meta.json"}
-    text = (
-        "".join(
-            from_description(data.tokenizer).decode(data.split(s).read(0, len(data.split(s)))) for s in ("train", "val")
-        )
-        if (data := Dataset(str(tmp_path / "data" / "in")))
-        else ""
-    )
+    text = "".join(text_of(Dataset(str(tmp_path / "data" / "in"))))
     assert sorted(text) == sorted("".join(DOCUMENTS) + "\n" * len(DOCUMENTS))
 
 
@@ -623,9 +623,8 @@ def test_scripts_of_the_hub_read_local_files_of_its_format(prepare, tmp_path, na
 
     table = pyarrow.table({"id": list(range(len(DOCUMENTS))), column: DOCUMENTS})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=50)
-    result = prepare(
-        name, f"--input={tmp_path}/*.parquet", "--tokenizer=bpe:300", "--val_share=0.1", "--num_samples=99"
-    )
+    flags = ["--tokenizer=bpe:300", "--val_share=0.1", "--num_samples=99"]
+    result = prepare(name, f"--input={tmp_path}/*.parquet", *flags)
     assert result.code == 0, result.err
     edit = (lambda text: " ".join(text.split())) if name == "scientific_papers" else str
     assert sorted(sum(decoded(Dataset(str(result.folder))).values(), [])) == sorted(map(edit, DOCUMENTS[:99]))
@@ -644,10 +643,8 @@ def test_the_hub_is_read_file_by_file_and_its_own_validation_split_is_kept(prepa
 
     class Hub(LocalFileSystem):
         def glob(self, pattern, detail):
-            return {
-                p.removeprefix(f"{tmp_path}/"): info
-                for p, info in super().glob(f"{tmp_path}/{pattern}", detail=True).items()
-            }
+            found = super().glob(f"{tmp_path}/{pattern}", detail=True)
+            return {path.removeprefix(f"{tmp_path}/"): info for path, info in found.items()}
 
         def open(self, path, mode):
             return super().open(f"{tmp_path}/{path}", mode)
@@ -662,7 +659,6 @@ def test_the_hub_is_read_file_by_file_and_its_own_validation_split_is_kept(prepa
         raise RuntimeError("no route")
 
     monkeypatch.setattr(Hub, "open", no_network)
-    shutil.rmtree(hub.parent.parent.parent / "data2", ignore_errors=True)
     assert "TinyStories/data/train-00000-of-2.parquet cannot be read: no route" in errors(
         prepare("tinystories", "--tokenizer=bpe:400", "--force")
     )
@@ -741,7 +737,4 @@ def test_ctrl_c_in_a_script_is_quiet(capsys, monkeypatch):
 def test_pieces_in_memory_keep_their_splits_and_have_nothing_between(tmp_path):
     pieces = [Piece("abc", False, "train"), Piece("ca", False, "val"), Piece("b", False, "train")]
     write_dataset(str(tmp_path), Texts(pieces), options(tokenizer="char"), "a test")
-    data = Dataset(str(tmp_path))
-    tokenizer = from_description(data.tokenizer)
-    assert isinstance(tokenizer, CharTokenizer)
-    assert [tokenizer.decode(data.split(s).read(0, len(data.split(s)))) for s in ("train", "val")] == ["abcb", "ca"]
+    assert text_of(Dataset(str(tmp_path))) == ["abcb", "ca"]

@@ -439,7 +439,8 @@ def test_a_damaged_latest_falls_back_to_the_previous(train, tiny_run, finished, 
     assert (tiny_run.out / (LATEST + ".damaged")).exists()
 
 
-def test_a_damaged_token_stops_the_run_and_is_mended(train, tiny_run, tiny, tmp_path):
+def test_a_damaged_token_stops_the_run_and_is_mended(train, tiny_run, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.shards.CHECKED", 1 << 20)
     folder = shutil.copytree(tiny, tmp_path / "damaged")
     (folder / "meta.json").write_text(json.dumps({"vocab_size": 32, "dtype": "uint16"}))
     good = np.arange((1 << 20) + 90_000, dtype="<u2") % 30
