@@ -3,7 +3,7 @@ What the documents of a corpus are: Texts, which are in memory, or Files of any 
 
     parts           what is read one after another, files for example
     pieces(part)    iterates over the documents of a part; long ones come in pieces
-    identity        tells one corpus from another
+    identity        tells one corpus from another, without asking the network
     size            in bytes, and position(), how many of them are read
     counts          of what is good and bad in what is read, by name
     check(final)    ValueError if too much of it is bad
@@ -12,6 +12,7 @@ What the documents of a corpus are: Texts, which are in memory, or Files of any 
 import codecs
 import contextlib
 import csv
+import functools
 import glob
 import gzip
 import hashlib
@@ -71,18 +72,26 @@ class Files:
         self.column, self.format, self.max_bad, self.edit = args.column, args.format, args.max_bad, edit
         if self.format not in ("", *FORMATS):
             raise ValueError(f"--format takes {', '.join(FORMATS)}, not {self.format}")
-        found = {}
-        for split, patterns in splits.items():
-            for pattern in patterns:
-                for path, size, stamp in find(pattern):
-                    found.setdefault(path, (split, path, size, stamp))
-        self.parts = list(found.values())
-        self.size = sum(size for _, _, size, _ in self.parts)
-        self.identity = hashlib.sha256(json.dumps(self.parts).encode()).hexdigest()
+        self.patterns = [(split, pattern) for split, patterns in splits.items() for pattern in patterns]
+        named = [(split, p, p.startswith("hf://") or list(find(p))) for split, p in self.patterns]
+        self.identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
         self.counts = {"rows": 0, "bad rows": 0, "characters": 0, "undecodable bytes": 0}
         self.first_bad = ""
         self.before, self.within = 0, int  # bytes in the parts before this one, and a function: those read of it
         codecs.register_error("counted", self.undecodable)
+
+    @functools.cached_property
+    def parts(self):
+        """(split, path, size, stamp) of each file."""
+        found = {}
+        for split, pattern in self.patterns:
+            for path, size, stamp in find(pattern):
+                found.setdefault(path, (split, path, size, stamp))
+        return list(found.values())
+
+    @functools.cached_property
+    def size(self):
+        return sum(size for _, _, size, _ in self.parts)
 
     def undecodable(self, error):
         self.counts["undecodable bytes"] += error.end - error.start
@@ -100,7 +109,9 @@ class Files:
                     self.counts["characters"] += len(text)
                     yield Piece(self.edit(text), ends, split)
         except ImportError as e:
-            raise ValueError(f"{path} needs a package that is not there: pip install {e.name.split('.')[0]}") from None
+            raise ValueError(
+                f"{path} needs a package that is not there: pip install {str(e.name).split('.')[0]}"
+            ) from None
         except Exception as e:
             if not path.startswith("hf://") and not isinstance(e, (OSError, EOFError, zlib.error, ValueError)):
                 raise
@@ -140,7 +151,7 @@ class Files:
         f, rest = self.decode(f), ""
         while block := f.read(PIECE):
             *documents, rest = (rest + block).split(END_OF_TEXT)
-            for document in documents:
+            for document in filter(None, documents):
                 yield document, True
             while len(rest) > PIECE:
                 cut = next((i + len(s) for s in ("\n\n", "\n", " ") if (i := rest.rfind(s, 0, PIECE)) >= 0), PIECE)
@@ -235,10 +246,13 @@ def find(pattern):
             raise OSError(f"cannot ask the Hugging Face Hub for {pattern} ({e}): --input= takes files") from None
         found = [("hf://" + path, info["size"], str(info.get("blob_id"))) for path, info in sorted(files)]
     else:
-        paths = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+        paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if os.path.isdir(pattern):
-            paths = glob.glob(os.path.join(glob.escape(pattern), "**"), recursive=True)  # but for hidden ones
-            paths = sorted(path for path in paths if extension(path) in FORMATS and extension(path) != "json")
+            for folder, subfolders, names in os.walk(pattern):
+                subfolders[:] = [name for name in subfolders if name[0] != "."]
+                kinds = FORMATS.keys() - {"json"}
+                paths += [os.path.join(folder, n) for n in names if n[0] != "." and extension(n) in kinds]
+            paths.sort()
         paths = [path for path in paths if os.path.isfile(path)]
         found = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
     if not found:

@@ -132,6 +132,10 @@ def write_dataset(folder, corpus, args, source):
         recipe |= {"shard_tokens": args.shard_tokens, "inputs": corpus.identity}
         state = begin(folder, recipe, args.force)
         if state and not state.get("replacing"):
+            listing = hashlib.sha256(json.dumps(corpus.parts).encode()).hexdigest()
+            if state.setdefault("listing", listing) != listing:  # the Hub's
+                print("the files that are read have changed: beginning again")
+                state = beginning(recipe) | {"listing": listing}
             state["tokenizer"] = state["tokenizer"] or make_tokenizer(corpus, args).description
             tokenizer = from_description(state["tokenizer"])
             with TokenFiles(folder, tokenizer, args.shard_tokens, state["tokens"]) as files:
@@ -173,7 +177,7 @@ def begin(folder, recipe, force):
         how = f"with {'; '.join(changed)}" if before else "in another way"
         raise ValueError(f"{folder} holds {kind} that was made {how}: --force replaces it")
     if unfinished and unfinished.get("recipe") == recipe:
-        print(f"carrying on after {sum(unfinished['documents'].values()):,} documents")
+        print(f"carrying on after {sum(unfinished['tokens'].values()):,} tokens")
         return unfinished
     if meta and not force:
         try:
@@ -323,9 +327,13 @@ class TokenFiles:
         return os.path.join(self.folder, name + ".tmp")
 
     def intact(self):
-        """Whether the files hold at least what is said to be written."""
-        sizes = {self.temporary(name): n * self.dtype.itemsize for name, n in self.sizes().items()}
-        return all(os.path.exists(path) and os.path.getsize(path) >= size for path, size in sizes.items())
+        """Whether the files hold what is said to be written. What they hold behind it is cut off."""
+        for name, n in self.sizes().items():
+            path, size = self.temporary(name), n * self.dtype.itemsize
+            if not os.path.exists(path) or os.path.getsize(path) < size:
+                return False
+            os.truncate(path, size)
+        return True
 
     def write(self, split, ids):
         raw = np.ascontiguousarray(ids, dtype=self.dtype)
@@ -333,8 +341,7 @@ class TokenFiles:
             i, offset = divmod(self.tokens[split], self.shard_tokens or 2**62)
             if split not in self.open:
                 name = f"{split}_{i:06d}.bin" if self.shard_tokens else f"{split}.bin"
-                self.open[split] = open(self.temporary(name), "ab")
-                self.open[split].truncate(offset * self.dtype.itemsize)
+                self.open[split] = open(self.temporary(name), "ab" if offset else "wb")
             part = raw[: (self.shard_tokens or 2**62) - offset]
             self.open[split].write(part)
             self.tokens[split] += part.size
@@ -410,17 +417,19 @@ def write_json(path, content):
 @contextlib.contextmanager
 def locked(folder):
     """Keep a second process out of a folder, where the system knows how. ValueError if there is another one in it."""
+    handle = None
     try:
         import fcntl
-    except ImportError:  # Windows
-        fcntl = None
-    handle = os.open(folder, os.O_RDONLY) if fcntl else None
-    try:
-        if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(handle)
         raise ValueError(f"another process is preparing {folder}") from None
+    except (ImportError, OSError):  # Windows, and file systems without locks
+        pass
+    try:
+        yield
     finally:
-        if fcntl:
+        if handle is not None:
             os.close(handle)

@@ -250,6 +250,21 @@ def test_an_interrupted_preparation_carries_on_to_the_same_files(tmp_path, monke
     assert capsys.readouterr().out.count("carrying on after") > 10
 
 
+def test_what_was_written_after_the_last_save_is_cut_off(tmp_path, monkeypatch, small_batches):
+    """Even if nothing more is written to that file."""
+    path = jsonl(tmp_path / "a.jsonl")
+    make(tmp_path / "whole", path)
+    monkeypatch.setattr(preparation.TokenFiles, "fill_both_splits", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make(tmp_path / "x", path)
+    for name in ("train.bin.tmp", "val.bin.tmp"):
+        with open(tmp_path / "x" / name, "ab") as f:
+            f.write(b"abcd")
+    monkeypatch.undo()
+    make(tmp_path / "x", path)
+    assert files(tmp_path / "x") == files(tmp_path / "whole")
+
+
 def test_a_preparation_killed_for_good_carries_on_to_the_same_files(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", DOCUMENTS * 30)
     make(tmp_path / "whole", path)
