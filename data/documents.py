@@ -109,9 +109,7 @@ class Files:
                     self.counts["characters"] += len(text)
                     yield Piece(self.edit(text), ends, split)
         except ImportError as e:
-            raise ValueError(
-                f"{path} needs a package that is not there: pip install {str(e.name).split('.')[0]}"
-            ) from None
+            raise ValueError(f"{path} needs a package: pip install {str(e.name).partition('.')[0]}") from None
         except Exception as e:
             if not path.startswith("hf://") and not isinstance(e, (OSError, EOFError, zlib.error, ValueError)):
                 raise

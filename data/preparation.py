@@ -116,7 +116,7 @@ def download(url, path, sha256):
 # from documents to files of tokens
 
 BATCH = 1 << 18  # characters that a thread encodes at once
-SAVE_EVERY = 10  # seconds
+SAVE_EVERY = 3  # seconds
 
 
 def write_dataset(folder, corpus, args, source):
@@ -262,7 +262,7 @@ def encode(corpus, tokenizer, args, state, files):
         """(part, piece, batch): where to read on behind the batch, a list of (piece, split, whether it is separated
         from what follows: where a document ends, and where its next piece goes into the other split)."""
         batch, size = [], 0
-        pieces = itertools.chain(read(corpus, args, state_at_start, counts), [None])
+        pieces = itertools.chain(read(corpus, args, state, counts), [None])
         for (part, n, piece, split), following in itertools.pairwise(pieces):
             parted = following is not None and piece.split is None and following[3] != split
             batch.append((piece, split, piece.ends or parted))
@@ -271,36 +271,42 @@ def encode(corpus, tokenizer, args, state, files):
                 yield part, n, batch
                 batch, size = [], 0
 
-    def ids_of(batch):
-        """{split: ids}"""
-        ids = {"train": [], "val": []}
+    def ids_of(item):
+        """{split: ids} of one of the batches."""
+        ids, (_, _, batch) = {"train": [], "val": []}, item
         encoded = tokenizer.encode_documents([piece.text for piece, _, _ in batch])
         for (_, split, separate), part in zip(batch, encoded, strict=True):
             ids[split] += [part, separator] if separate else [part]
         return {split: np.concatenate(parts) for split, parts in ids.items() if parts}
 
-    state_at_start = dict(state, documents=dict(state["documents"]))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = args.workers or cores
     write_json(os.path.join(files.folder, PREPARING), state)
     saved = time.monotonic()
-    with ThreadPoolExecutor(workers) as pool, progress(corpus, args, state, "preparing") as show:
+    with progress(corpus, args, state, "preparing") as show:
+        for (part, n, batch), ids in in_order(ids_of, batches(), args.workers or cores):
+            for split in ids:
+                files.write(split, ids[split])
+            for piece, split, _ in batch:
+                state["documents"][split] += piece.ends
+            state.update(part=part, piece=n, counts=counts[part])
+            if time.monotonic() - saved > SAVE_EVERY:
+                files.sync()
+                write_json(os.path.join(files.folder, PREPARING), state)
+                saved = time.monotonic()
+            show()
+
+
+def in_order(function, items, workers):
+    """Yield (item, function(item)) for each item, in their order; threads are at work on those that come next."""
+    with ThreadPoolExecutor(workers) as pool:
         waiting = collections.deque()
-        for position in itertools.chain(batches(), [None] * 2 * workers):
-            if position:
-                waiting.append((position, pool.submit(ids_of, position[2])))
-            if waiting and (not position or len(waiting) > 2 * workers):
-                (part, n, batch), future = waiting.popleft()
-                for split, ids in future.result().items():
-                    files.write(split, ids)
-                for piece, split, _ in batch:
-                    state["documents"][split] += piece.ends
-                state.update(part=part, piece=n, counts=counts[part])
-                if time.monotonic() - saved > SAVE_EVERY:
-                    files.sync()
-                    write_json(os.path.join(files.folder, PREPARING), state)
-                    saved = time.monotonic()
-                show()
+        for item in items:
+            waiting.append((item, pool.submit(function, item)))
+            if len(waiting) > 2 * workers:
+                item, future = waiting.popleft()
+                yield item, future.result()
+        for item, future in waiting:
+            yield item, future.result()
 
 
 class TokenFiles:
