@@ -84,11 +84,11 @@ if json:
 device, dtype, device_line = pick_device(device, dtype)
 device_type, ptdtype = device.split(":")[0], getattr(torch, dtype)
 print(device_line)
-vocab_size, tokens = padded(50257), None
+vocab_size, tokens = GPTConfig.vocab_size, None
 if real_data:
     try:
         data = Dataset(os.path.join("data", dataset))
-        tokens, vocab_size = data.split("train"), padded(data.vocab_size or 50257)
+        tokens, vocab_size = data.split("train"), padded(data.vocab_size or vocab_size)
         with usage_errors():
             tokens.check(block_size, vocab_size)
     except (OSError, ValueError) as e:

@@ -46,7 +46,7 @@ from model import (
     padded,
     peak_flops,
     save_checkpoint,
-)  # fmt: skip
+)
 
 # -----------------------------------------------------------------------------
 # input and output
@@ -194,7 +194,7 @@ with usage_errors():
     if init_from == "scratch":
         torch.manual_seed(seed)
         shape = {field.name: config[field.name] for field in dataclasses.fields(GPTConfig) if field.name in config}
-        model = GPT(GPTConfig(**shape, vocab_size=padded(data.vocab_size or 50257)))
+        model = GPT(GPTConfig(**shape, vocab_size=padded(data.vocab_size or GPTConfig.vocab_size)))
     elif checkpoint:
         model = GPT.from_checkpoint(checkpoint, dropout=dropout)
     else:
@@ -222,8 +222,9 @@ with usage_errors():
     if had and there and not same_tokens(had, there):
         fail(
             f"the model was trained with another tokenizer than {data.folder} has: its token ids mean other text. "
-            "Prepare the text with the model's: python data/text/prepare.py ... --tokenizer="
-            + ("the folder of the dataset that it was trained on" if checkpoint else init_from)
+            "Prepare the text with the model's: "
+            + (f"python sample.py --init_from={init_from} --export=out-hub and then " if checkpoint else "")
+            + f"python data/text/prepare.py ... --tokenizer={'out-hub' if checkpoint else init_from}"
         )
     model.to(device)
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)

@@ -17,6 +17,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -72,26 +73,32 @@ class Files:
         self.column, self.format, self.max_bad, self.edit = args.column, args.format, args.max_bad, edit
         if self.format not in ("", *FORMATS):
             raise ValueError(f"--format takes {', '.join(FORMATS)}, not {self.format}")
-        self.patterns = [(split, pattern) for split, patterns in splits.items() for pattern in patterns]
-        named = [(split, p, p.startswith("hf://") or list(find(p))) for split, p in self.patterns]
-        self.identity = hashlib.sha256(json.dumps(named).encode()).hexdigest()
+        patterns = [(split, pattern) for split, patterns in splits.items() for pattern in patterns]
+        self.found = [(split, p, None if p.startswith("hf://") else find(p)) for split, p in patterns]
+        self.identity = hashlib.sha256(json.dumps(self.found).encode()).hexdigest()
         self.counts = {"rows": 0, "bad rows": 0, "characters": 0, "undecodable bytes": 0}
         self.first_bad = ""
         self.before, self.within = 0, int  # bytes in the parts before this one, and a function: those read of it
-        codecs.register_error("counted", self.undecodable)
+        self.on_error = f"counted for {id(self)}"
+        codecs.register_error(self.on_error, self.undecodable)
 
     @functools.cached_property
     def parts(self):
         """(split, path, size, stamp) of each file."""
-        found = {}
-        for split, pattern in self.patterns:
-            for path, size, stamp in find(pattern):
-                found.setdefault(path, (split, path, size, stamp))
-        return list(found.values())
+        parts = {}
+        for split, pattern, found in self.found:
+            for path, size, stamp in found or find(pattern):
+                parts.setdefault(path, (split, path, size, stamp))
+        return list(parts.values())
 
     @functools.cached_property
+    def starts(self):
+        """How many bytes there are before each of the parts, and in all."""
+        return [0, *itertools.accumulate(size for _, _, size, _ in self.parts)]
+
+    @property
     def size(self):
-        return sum(size for _, _, size, _ in self.parts)
+        return self.starts[-1]
 
     def undecodable(self, error):
         self.counts["undecodable bytes"] += error.end - error.start
@@ -100,9 +107,8 @@ class Files:
     def pieces(self, part):
         """The pieces of one of the parts."""
         split, path, size, _ = self.parts[part]
-        self.before = sum(size for _, _, size, _ in self.parts[:part])
-        kind = self.format or extension(path)
-        reader = FORMATS.get(kind, Files.text)
+        self.before = self.starts[part]
+        reader = FORMATS.get(self.format or extension(path), Files.text)
         try:
             with self.open(path, packed=reader is Files.parquet) as f:
                 for text, ends in reader(self, f, path):
@@ -143,20 +149,21 @@ class Files:
     def decode(self, f):
         start = f.peek(2)[:2]
         encoding = "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-        return io.TextIOWrapper(f, encoding, errors="counted", newline="")
+        return io.TextIOWrapper(f, encoding, errors=self.on_error, newline="")
 
     def text(self, f, path):
         f, rest = self.decode(f), ""
         while block := f.read(PIECE):
             *documents, rest = (rest + block).split(END_OF_TEXT)
-            for document in filter(None, documents):
-                yield document, True
-            while len(rest) > PIECE:
-                cut = next((i + len(s) for s in ("\n\n", "\n", " ") if (i := rest.rfind(s, 0, PIECE)) >= 0), PIECE)
-                yield rest[:cut], False
-                rest = rest[cut:]
-        if rest:
-            yield rest, True
+            for document in documents:
+                yield from ((text, not more) for text, more in passages(document, PIECE))
+            # half of an <|endoftext|> may stand at its end: where it is cut must not depend on where a block ends
+            for text, more in passages(rest, PIECE + len(END_OF_TEXT)):
+                if more:
+                    yield text, False
+                else:
+                    rest = text
+        yield from ((text, not more) for text, more in passages(rest, PIECE))
 
     def jsonl(self, f, path):
         for number, line in enumerate(f, 1):
@@ -170,7 +177,8 @@ class Files:
 
     def csv(self, f, path, delimiter=","):
         csv.field_size_limit(2**31 - 1)
-        rows = csv.DictReader(self.decode(f), delimiter=delimiter)
+        quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+        rows = csv.DictReader(self.decode(f), delimiter=delimiter, quoting=quoting)
         self.check_column(rows.fieldnames or [])
         while True:
             try:
@@ -185,13 +193,19 @@ class Files:
         return self.csv(f, path, "\t")
 
     def parquet(self, f, path):
+        from pyarrow import binary
         from pyarrow.parquet import ParquetFile
 
         table, seen, size = ParquetFile(f, buffer_size=1 << 20), 0, f.seek(0, 2)
         self.check_column(table.schema_arrow.names)
         self.within = lambda: size * seen // max(1, table.metadata.num_rows)
         for batch in table.iter_batches(batch_size=256, columns=[self.column]):
-            for text in batch.column(0).to_pylist():
+            try:
+                texts = batch.column(0).to_pylist()
+            except UnicodeDecodeError:
+                texts = batch.column(0).cast(binary()).to_pylist()
+                texts = [text if text is None else text.decode("utf-8", self.on_error) for text in texts]
+            for text in texts:
                 seen += 1
                 yield from self.row({self.column: text}, f"row {seen} of {path}")
 
@@ -207,8 +221,10 @@ class Files:
             return [(text, True)] if text else []
         self.counts["bad rows"] += 1
         if not self.first_bad:
-            has = f"has no {self.column}, but {', '.join(row)}" if isinstance(row, dict) else "is not understood"
-            self.first_bad = f"{where} {has}" if text is None else f"the {self.column} in {where} is no text"
+            self.first_bad = f"{where} is not understood"
+            if isinstance(row, dict):
+                lacks = f"text in its {self.column}" if self.column in row else f"{self.column}, but {', '.join(row)}"
+                self.first_bad = f"{where} has no {lacks}: --column= names another"
         return []
 
     def check(self, final):
@@ -226,6 +242,19 @@ FORMATS = {
     "txt": Files.text, "md": Files.text, "jsonl": Files.jsonl, "ndjson": Files.jsonl, "csv": Files.csv,
     "tsv": Files.tsv, "parquet": Files.parquet, "json": Files.jsonl,
 }  # fmt: skip
+
+
+def passages(text, longest):
+    """Yield (passage, whether more follow) of a text: cut before the last character of the last paragraph break in the
+    first PIECE characters, else of the last line break, else of the last space, as long as it is longer than longest.
+    Most tokenizers split the text there anyway."""
+    while len(text) > longest:
+        cuts = (text.rfind(gap, 0, PIECE) + len(gap) - 1 for gap in ("\n\n", "\n", " "))
+        cut = next((cut for cut in cuts if cut > 0), PIECE)
+        yield text[:cut], True
+        text = text[cut:]
+    if text:
+        yield text, False
 
 
 def extension(path):
@@ -251,9 +280,9 @@ def find(pattern):
                 kinds = FORMATS.keys() - {"json"}
                 paths += [os.path.join(folder, n) for n in names if n[0] != "." and extension(n) in kinds]
             paths.sort()
-        paths = [path for path in paths if os.path.isfile(path)]
+        paths = [os.path.normpath(path) for path in paths if os.path.isfile(path)]
         found = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
     if not found:
-        kinds = f" with {', '.join(FORMATS)} files" if os.path.isdir(pattern) else ""
-        raise FileNotFoundError(f"no such file or folder{kinds}: {pattern}")
+        what = "files of text in the folder" if os.path.isdir(pattern) else "such file or folder:"
+        raise FileNotFoundError(f"no {what} {pattern}; name those with other endings, or with a 'pattern*'")
     return found

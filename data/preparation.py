@@ -14,6 +14,7 @@ The encoders are Rust and C++ that let Python's other threads run, so threads us
 import argparse
 import collections
 import contextlib
+import copy
 import glob
 import hashlib
 import http.client
@@ -73,7 +74,7 @@ def prepare_script(doc, *names, **defaults):
         else:
             parser.add_argument(f"--{name}", type=type(default), default=default, help=text, metavar="...")
     args = argparse.Namespace(**options)
-    parser.parse_args(namespace=args)
+    parser.parse_intermixed_args(namespace=args)
     try:
         if not 0 < args.val_share < 1 or not 0 <= args.max_bad <= 1:
             raise ValueError("--val_share and --max_bad are shares: numbers between 0 and 1")
@@ -117,6 +118,7 @@ def download(url, path, sha256):
 
 BATCH = 1 << 18  # characters that a thread encodes at once
 SAVE_EVERY = 3  # seconds
+LEFT_OUT = ("bad rows", "undecodable bytes")
 
 
 def write_dataset(folder, corpus, args, source):
@@ -128,41 +130,21 @@ def write_dataset(folder, corpus, args, source):
     """
     os.makedirs(folder, exist_ok=True)
     with locked(folder):
-        recipe = {name: getattr(args, name) for name in ("tokenizer", "column", "val_share", "num_samples")}
-        recipe |= {"shard_tokens": args.shard_tokens, "inputs": corpus.identity}
+        names = ("tokenizer", "column", "format", "val_share", "num_samples", "shard_tokens")
+        recipe = {name: getattr(args, name) for name in names} | {"inputs": corpus.identity}
+        if os.path.exists(args.tokenizer):  # a file or folder, whose content may change
+            description = json.dumps(from_name(args.tokenizer).description)
+            recipe["tokenizer"] += f" ({hashlib.sha256(description.encode()).hexdigest()[:8]})"
         state = begin(folder, recipe, args.force)
-        if state and not state.get("replacing"):
-            listing = hashlib.sha256(json.dumps(corpus.parts).encode()).hexdigest()
-            if state.setdefault("listing", listing) != listing:  # the Hub's
-                print("the files that are read have changed: beginning again")
-                state = beginning(recipe) | {"listing": listing}
-            state["tokenizer"] = state["tokenizer"] or make_tokenizer(corpus, args).description
-            tokenizer = from_description(state["tokenizer"])
-            with TokenFiles(folder, tokenizer, args.shard_tokens, state["tokens"]) as files:
-                if not files.intact():
-                    print("the unfinished files are damaged: beginning again")
-                    state.update(beginning(recipe), tokenizer=state["tokenizer"])
-                    files.tokens = state["tokens"]
-                encode(corpus, tokenizer, args, state, files)
-                files.fill_both_splits()
-            left_out = {name: n for name, n in corpus.counts.items() if name in ("bad rows", "undecodable bytes") and n}
-            state["meta"] = {
-                "vocab_size": tokenizer.vocab_size,
-                "dtype": files.dtype.name,
-                "tokenizer": state["tokenizer"],
-                "source": source,
-                "documents": state["documents"],
-                "left_out": left_out,
-                "recipe": recipe,
-                "files": {name: files.describe(name) for name in files.sizes()},
-            }
-            state["replacing"] = True
-            write_json(os.path.join(folder, PREPARING), state)
-            for what, n in left_out.items():
-                first = f" (the first: {corpus.first_bad})" if what == "bad rows" else ""
-                print(f"left out: {n:,} {what}{first}")
-        if state:
-            replace(folder, state["meta"])
+        if state is None:
+            return
+        if not state.get("replacing"):
+            state = encode(folder, corpus, args, state)
+            state["meta"] |= {"source": source, "recipe": recipe}
+            write_json(os.path.join(folder, PREPARING), state | {"replacing": True})
+            for what, n in state["meta"]["left_out"].items():
+                print(f"left out: {n:,} {what}" + f" (the first: {corpus.first_bad})" * (what == "bad rows"))
+        replace(folder, state["meta"])
 
 
 def begin(folder, recipe, force):
@@ -190,8 +172,8 @@ def begin(folder, recipe, force):
 
 
 def beginning(recipe):
-    """The state of a dataset of which nothing is made: part and piece say where to read on, counts what the corpus had
-    counted when that part began."""
+    """The state of a dataset of which nothing is made. part and piece say where to read on, counts what the corpus had
+    counted when that part began, tokens how many are written."""
     zero = {"train": 0, "val": 0}
     return dict(recipe=recipe, tokenizer=None, part=0, piece=0, counts={}, documents=zero, tokens=dict(zero))
 
@@ -200,12 +182,16 @@ def make_tokenizer(corpus, args):
     """The tokenizer that args name. One that is made of a text sees that of the documents for training."""
 
     def texts(n):
-        share = 1 if n is None else min(1, n / max(1, corpus.size))
-        start = dict(part=0, piece=0, counts={}, documents={}, tokens={})
+        share = 1 if n is None or args.num_samples else min(1, n / max(1, corpus.size))
+        seen, start = 0, beginning(None)
         with progress(corpus, args, start, f"reading for {args.tokenizer}") as show:
-            for _, _, piece, split in read(corpus, args, start, {}):
+            for _, _, _, piece, split in read(corpus, args, start):
                 if n is None or split == "train" and fraction(piece.text, 1) < share:
+                    seen += len(piece.text)
                     yield piece.text
+                if n is not None and seen > n:  # unpacked it may be far more than the size of the files
+                    break
+                start["documents"][split] += piece.ends
                 show()
 
     return from_name(args.tokenizer, texts)
@@ -217,83 +203,124 @@ def fraction(text, which):
     return int.from_bytes(digest[8 * which : 8 * which + 8], "little") / 2**64
 
 
-def read(corpus, args, state, counts):
-    """Yield (part, how many pieces of it are read, piece, split) from where state says, as many documents as args say.
-    counts becomes {part: the corpus's counts when it began}."""
+def split_of(text, val_share):
+    return "val" if fraction(text, 0) < val_share else "train"
+
+
+def read(corpus, args, state):
+    """Yield (part, the corpus's counts when it began, how many pieces of it are read, piece, split) from where state
+    says, as many documents as args say."""
     corpus.counts.update(dict.fromkeys(corpus.counts, 0) | state["counts"])
-    taken, skip = sum(state["documents"].values()), state["piece"]
+    wanted = args.num_samples - sum(state["documents"].values()) if args.num_samples else float("inf")
     for part in range(state["part"], len(corpus.parts)):
-        counts[part] = dict(corpus.counts)
-        for n, piece in enumerate(corpus.pieces(part), 1):
-            if n > skip and not (args.num_samples and taken >= args.num_samples):
-                taken += piece.ends
-                yield part, n, piece, piece.split or ("val" if fraction(piece.text, 0) < args.val_share else "train")
-                corpus.check(final=False)
-            elif n > skip:
+        before = dict(corpus.counts)
+        pieces = enumerate(corpus.pieces(part), 1) if wanted > 0 else ()
+        for n, piece in pieces:
+            if part == state["part"] and n <= state["piece"]:
+                continue
+            yield part, before, n, piece, piece.split or split_of(piece.text, args.val_share)
+            corpus.check(final=False)
+            wanted -= piece.ends
+            if wanted <= 0:
                 break
-        skip = 0
     corpus.check(final=True)
 
 
 @contextlib.contextmanager
 def progress(corpus, args, state, what):
     """A progress bar, by documents if their number is known, else by bytes; yields what updates it."""
-    begun, already = time.monotonic(), sum(state["tokens"].values())
+    begun, already, first = time.monotonic(), sum(state["tokens"].values()), True
     unit = dict(total=args.num_samples, unit=" documents") if args.num_samples else dict(total=corpus.size, unit="B")
     often = 0.2 if sys.stderr.isatty() else 60  # seconds
     with tqdm(desc=what, unit_scale=True, mininterval=often, **unit) as bar:
 
         def show():
+            nonlocal first
             documents, tokens = sum(state["documents"].values()), sum(state["tokens"].values()) - already
+            n = documents if args.num_samples else corpus.position()
+            if first and already:  # what an earlier run did says nothing of the time that is left
+                bar.n = bar.initial = bar.last_print_n = n
+            first = False
             speed = f"{tokens / (time.monotonic() - begun + 1e-9) / 1e6:.2f}M tokens/s"
             bar.set_postfix_str(f"{documents:,} documents, {speed}" if tokens else "", refresh=False)
-            bar.update((documents if args.num_samples else corpus.position()) - bar.n)
+            bar.update(n - bar.n)
 
         yield show
 
 
-def encode(corpus, tokenizer, args, state, files):
-    """Write the tokens of a corpus's documents, from where state says; state goes along."""
-    counts, separator = {}, [tokenizer.eot]
-    if tokenizer.eot is None:
-        separator = tokenizer.encode("\n")
+def encode(folder, corpus, args, state):
+    """Write the tokens of a corpus's documents into .tmp files, from where state says. Returns the state at the end,
+    with meta for meta.json."""
+    listing = hashlib.sha256(json.dumps(corpus.parts).encode()).hexdigest()
+    if state.setdefault("listing", listing) != listing:
+        print("the files on the Hub have changed: beginning again")
+        state = beginning(state["recipe"]) | {"listing": listing}
+    state["tokenizer"] = state["tokenizer"] or make_tokenizer(corpus, args).description
+    tokenizer = from_description(state["tokenizer"])
+    restart = beginning(state["recipe"]) | {"listing": listing, "tokenizer": state["tokenizer"]}
+    separator = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
 
     def batches():
-        """(part, piece, batch): where to read on behind the batch, a list of (piece, split, whether it is separated
+        """(part, counts, n, batch): where to read on behind the batch, a list of (piece, split, whether it is separated
         from what follows: where a document ends, and where its next piece goes into the other split)."""
         batch, size = [], 0
-        pieces = itertools.chain(read(corpus, args, state, counts), [None])
-        for (part, n, piece, split), following in itertools.pairwise(pieces):
-            parted = following is not None and piece.split is None and following[3] != split
+        for (*position, piece, split), following in itertools.pairwise(
+            itertools.chain(read(corpus, args, state), [None])
+        ):
+            parted = following is not None and piece.split is None and following[-1] != split
             batch.append((piece, split, piece.ends or parted))
             size += len(piece.text)
             if size >= BATCH or following is None:
-                yield part, n, batch
+                yield *position, batch
                 batch, size = [], 0
 
     def ids_of(item):
         """{split: ids} of one of the batches."""
-        ids, (_, _, batch) = {"train": [], "val": []}, item
+        ids, batch = {"train": [], "val": []}, item[-1]
         encoded = tokenizer.encode_documents([piece.text for piece, _, _ in batch])
         for (_, split, separate), part in zip(batch, encoded, strict=True):
             ids[split] += [part, separator] if separate else [part]
         return {split: np.concatenate(parts) for split, parts in ids.items() if parts}
 
+    def save():
+        files.sync()
+        write_json(os.path.join(folder, PREPARING), state)
+        return time.monotonic()
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    write_json(os.path.join(files.folder, PREPARING), state)
-    saved = time.monotonic()
-    with progress(corpus, args, state, "preparing") as show:
-        for (part, n, batch), ids in in_order(ids_of, batches(), args.workers or cores):
-            for split in ids:
-                files.write(split, ids[split])
-            for piece, split, _ in batch:
-                state["documents"][split] += piece.ends
-            state.update(part=part, piece=n, counts=counts[part])
-            if time.monotonic() - saved > SAVE_EVERY:
-                files.sync()
-                write_json(os.path.join(files.folder, PREPARING), state)
-                saved = time.monotonic()
-            show()
+    with TokenFiles(folder, tokenizer, args.shard_tokens, state["tokens"]) as files:
+        if not files.intact():
+            print("the unfinished files are damaged: beginning again")
+            state = copy.deepcopy(restart)
+            files.tokens = state["tokens"]
+        saved = save()
+        with progress(corpus, args, state, "preparing") as show:
+            for (part, counts, n, batch), ids in in_order(ids_of, batches(), args.workers or cores):
+                for split in ids:
+                    files.write(split, ids[split])
+                for piece, split, _ in batch:
+                    state["documents"][split] += piece.ends
+                state.update(part=part, piece=n, counts=counts)
+                if time.monotonic() - saved > SAVE_EVERY:
+                    saved = save()
+                show()
+        if sum(files.tokens.values()) < 2:
+            raise ValueError("there is no text in this input")
+        if 0 in files.tokens.values():
+            print("too few documents for two splits: the last tenth of their tokens is for validation")
+            write_json(os.path.join(folder, PREPARING), restart)  # a kill from here on begins anew
+            files.cut()
+            state["documents"] = {}
+        files.sync()
+    state["meta"] = {
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": files.dtype.name,
+        "tokenizer": state["tokenizer"],
+        "documents": state["documents"],
+        "left_out": {name: n for name, n in corpus.counts.items() if name in LEFT_OUT and n},
+        "files": {name: {"tokens": n, "sha256": sha256_of(files.path(name))} for name, n in files.sizes().items()},
+    }
+    return state
 
 
 def in_order(function, items, workers):
@@ -314,28 +341,30 @@ class TokenFiles:
     shard_tokens in each. tokens: {split: how many are written}."""
 
     def __init__(self, folder, tokenizer, shard_tokens, tokens):
-        self.folder, self.shard_tokens, self.tokens = folder, shard_tokens, tokens
+        self.folder, self.tokens = folder, tokens
+        self.sharded, self.longest = shard_tokens > 0, shard_tokens or 2**62
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         self.open = {}  # split: its last file
 
+    def name(self, split, i):
+        return f"{split}_{i:06d}.bin" if self.sharded else f"{split}.bin"
+
+    def path(self, name):
+        return os.path.join(self.folder, name + ".tmp")
+
     def sizes(self):
         """{name: tokens} of all files."""
-        if not self.shard_tokens:
-            return {f"{split}.bin": n for split, n in self.tokens.items() if n}
-        starts = {split: range(0, n, self.shard_tokens) for split, n in self.tokens.items()}
+        starts = {split: range(0, n, self.longest) for split, n in self.tokens.items()}
         return {
-            f"{split}_{i:06d}.bin": min(self.shard_tokens, self.tokens[split] - start)
+            self.name(split, i): min(self.longest, self.tokens[split] - start)
             for split in starts
             for i, start in enumerate(starts[split])
         }
 
-    def temporary(self, name):
-        return os.path.join(self.folder, name + ".tmp")
-
     def intact(self):
         """Whether the files hold what is said to be written. What they hold behind it is cut off."""
         for name, n in self.sizes().items():
-            path, size = self.temporary(name), n * self.dtype.itemsize
+            path, size = self.path(name), n * self.dtype.itemsize
             if not os.path.exists(path) or os.path.getsize(path) < size:
                 return False
             os.truncate(path, size)
@@ -344,43 +373,31 @@ class TokenFiles:
     def write(self, split, ids):
         raw = np.ascontiguousarray(ids, dtype=self.dtype)
         while raw.size:
-            i, offset = divmod(self.tokens[split], self.shard_tokens or 2**62)
+            i, offset = divmod(self.tokens[split], self.longest)
             if split not in self.open:
-                name = f"{split}_{i:06d}.bin" if self.shard_tokens else f"{split}.bin"
-                self.open[split] = open(self.temporary(name), "ab" if offset else "wb")
-            part = raw[: (self.shard_tokens or 2**62) - offset]
+                self.open[split] = open(self.path(self.name(split, i)), "ab" if offset else "wb")
+            part = raw[: self.longest - offset]
             self.open[split].write(part)
             self.tokens[split] += part.size
             raw = raw[part.size :]
-            if offset + part.size == self.shard_tokens:
+            if offset + part.size == self.longest:
                 self.sync()
                 self.open.pop(split).close()
+
+    def cut(self):
+        """Make two splits, nine to one, of the tokens of one. The few documents that a hash all sends into the same
+        split are held in memory."""
+        self.close()
+        ids = np.concatenate([np.fromfile(self.path(name), self.dtype) for name in self.sizes()])
+        self.tokens.update(train=0, val=0)
+        cut = max(1, len(ids) * 9 // 10)
+        self.write("train", ids[:cut])
+        self.write("val", ids[cut:])
 
     def sync(self):
         for f in self.open.values():
             f.flush()
             os.fsync(f.fileno())
-
-    def fill_both_splits(self):
-        """A hash may send the few documents of a small corpus into one split: then cut that, nine to one."""
-        self.sync()
-        if sum(self.tokens.values()) < 2:
-            raise ValueError("there is no text in this input")
-        if 0 in self.tokens.values():
-            ids = np.concatenate([np.fromfile(self.temporary(name), self.dtype) for name in self.sizes()])
-            self.close()
-            self.tokens.update(train=0, val=0)
-            cut = max(1, len(ids) * 9 // 10)
-            self.write("train", ids[:cut])
-            self.write("val", ids[cut:])
-            self.sync()
-
-    def describe(self, name):
-        digest = hashlib.sha256()
-        with open(self.temporary(name), "rb") as f:
-            while block := f.read(1 << 20):
-                digest.update(block)
-        return {"tokens": self.sizes()[name], "sha256": digest.hexdigest()}
 
     def close(self):
         for f in self.open.values():
@@ -395,6 +412,14 @@ class TokenFiles:
             failure.filename = failure.filename or self.folder  # a full disk names no file
         with contextlib.suppress(OSError) if failure else contextlib.nullcontext():
             self.close()
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def replace(folder, meta):

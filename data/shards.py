@@ -23,7 +23,8 @@ import sys
 
 import numpy as np
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))  # where this is run as a script
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from data.tokenizer import CharTokenizer, from_description  # noqa: E402
 
 # -----------------------------------------------------------------------------
@@ -61,6 +62,8 @@ class Dataset:
         self.dtype, self.files = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<"), meta.get("files")
         # in order of length, then of the alphabet: x_train_2.bin comes before x_train_10.bin
         self.names = sorted(self.files or names, key=lambda name: (len(name), name))
+        known = [HEADERS[self.header(name)[0]][2] for name in self.names if self.header(name)[0] in HEADERS]
+        self.vocab_size = self.vocab_size or max((n for n in known if n), default=None)
 
     def split(self, name):
         """The tokens of 'train' or 'val' as one stream."""
@@ -70,17 +73,22 @@ class Dataset:
             raise FileNotFoundError(f"no {name}.bin in {self.folder}; {self.remedy}")
         return Tokens({os.path.join(self.folder, file): self.open(file) for file in names})
 
+    def header(self, name):
+        """The magic number, version and number of tokens at the beginning of a file, if it has a header."""
+        path = os.path.join(self.folder, name)
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"{self.folder} has no {name} as meta.json lists it; {self.remedy}")
+        return np.append(np.fromfile(path, dtype="<i4", count=3), [0, 0, 0])[:3].tolist()
+
     def open(self, name):
         """The ids in a file of the folder, mapped into memory, not read."""
         path, dtype, offset = os.path.join(self.folder, name), self.dtype, 0
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{self.folder} has no {name} as meta.json lists it; {self.remedy}")
-        magic, version, stated = np.append(np.fromfile(path, dtype="<i4", count=3), [0, 0, 0])[:3].tolist()
+        magic, version, stated = self.header(name)
         if magic in HEADERS:
-            known, kind, vocab_size = HEADERS[magic]
+            known, kind, _ = HEADERS[magic]
             if version != known:
                 raise ValueError(f"{path} is of version {version} of its format, only {known} is known")
-            dtype, offset, self.vocab_size = np.dtype(kind), HEADER, self.vocab_size or vocab_size
+            dtype, offset = np.dtype(kind), HEADER
         elif self.files:
             stated = self.files[name]["tokens"]
         else:
@@ -239,11 +247,14 @@ def show(folder):
     """Print what a dataset folder holds."""
     data = Dataset(folder)
     splits = {name: data.split(name) for name in ("train", "val")}
-    tokenizer = from_description(data.tokenizer or {"kind": "tiktoken", "name": "gpt2"})
-    kind = (data.tokenizer or {}).get("name") or (data.tokenizer or {}).get("kind") or "gpt2, as nothing says otherwise"
-    meta = read_json(os.path.join(folder, "meta.json")) or {}
+    meta, description = read_json(os.path.join(folder, "meta.json")) or {}, data.tokenizer
+    if not description and not data.vocab_size:
+        description = {"kind": "tiktoken", "name": "gpt2"}  # as training assumes
+    tokenizer = from_description(description) if description else None
+    kind = description.get("name", description["kind"]) if description else "unknown"
     print(f"{folder}: tokenizer {kind}, vocabulary {data.vocab_size or tokenizer.vocab_size:,}")
-    print(f"source: {meta['source']}") if "source" in meta else None
+    if "source" in meta:
+        print(f"source: {meta['source']}")
     for name, tokens in splits.items():
         documents = meta.get("documents", {}).get(name)
         of = f" of {documents:,} documents" if documents else ""
@@ -251,14 +262,14 @@ def show(folder):
         for path, shard in tokens.shards.items():
             print(f"    {path}: {len(shard):,} tokens, {shard.dtype.name}")
     start = splits["train"].read(0, min(len(splits["train"]), 2000))
-    ends = np.flatnonzero(start == tokenizer.eot) if tokenizer.eot is not None else []
-    ends = [i for i in ends if i > 0]  # some put it before a document
-    print("first document:", repr(tokenizer.decode(start[: ends[0] if len(ends) else 200])[:1000]))
+    if tokenizer:
+        ends = [i for i in np.flatnonzero(start == tokenizer.eot) if i > 0]  # some put it before a document
+        print("first document:", repr(tokenizer.decode(start[: ends[0] if ends else 200])[:1000]))
     sample = splits["train"].read(0, min(len(splits["train"]), 1 << 24))
     counts = np.bincount(sample)
     print(f"most frequent of the first {len(sample):,} tokens:")
     for i in np.argsort(-counts)[:10].tolist():
-        print(f"    {i:6} {counts[i] / len(sample):6.2%} {tokenizer.decode([i])!r}")
+        print(f"    {i:6} {counts[i] / len(sample):6.2%} {tokenizer.decode([i])!r}" if tokenizer else f"    {i:6}")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,14 @@ class Tokenizer:
                 f.write(text)
 
 
+def byte_level(pattern):
+    """The pre-tokenizer, for the tokenizers library, of words of a pattern in the bytes that they are written in."""
+    from tokenizers import Regex, pre_tokenizers
+
+    words = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 def hub_files(tokenizer, **config):
     """{name: content} of the files that AutoTokenizer reads, for a tokenizer of the tokenizers library."""
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -134,7 +142,7 @@ class TiktokenTokenizer(Tokenizer):
             return "\N{REPLACEMENT CHARACTER}".encode()
 
     def hub_files(self):
-        from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+        from tokenizers import AddedToken, Tokenizer, decoders, models
         from transformers.convert_slow_tokenizer import TikTokenConverter
 
         class Converter(TikTokenConverter):
@@ -144,9 +152,7 @@ class TiktokenTokenizer(Tokenizer):
         vocab, merges = Converter().extract_vocab_merges_from_model(encoding._mergeable_ranks)
         # special tokens stand in the vocabulary itself, so that they keep their ids where those have gaps
         tokenizer = Tokenizer(models.BPE(vocab | encoding._special_tokens, merges, ignore_merges=True))
-        words = pre_tokenizers.Split(Regex(encoding._pat_str), "isolated")
-        raw_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, raw_bytes])
+        tokenizer.pre_tokenizer = byte_level(encoding._pat_str)
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in encoding._special_tokens])
         return hub_files(tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
@@ -185,12 +191,10 @@ class BytePairTokenizer(TiktokenTokenizer):
     @classmethod
     def train(cls, vocab_size, texts):
         """Learn vocab_size tokens at most, end of text among them, from an iterable of texts."""
-        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer, models, trainers
 
         learner = Tokenizer(models.BPE())
-        words = pre_tokenizers.Split(Regex(WORDS), "isolated")
-        raw_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        learner.pre_tokenizer = pre_tokenizers.Sequence([words, raw_bytes])
+        learner.pre_tokenizer = byte_level(WORDS)
         trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=sorted(BYTES), show_progress=False)
         learner.train_from_iterator(texts, trainer)
         vocab = learner.get_vocab()
@@ -326,8 +330,6 @@ def from_name(name, texts=None):
 
     texts(n) iterates over texts to make one from, a sample of n bytes of them, or all for None. ValueError when there
     is no such tokenizer."""
-    import tiktoken
-
     if name == "char" or name.startswith("bpe:"):
         if texts is None:
             raise ValueError(f"{name} is made from a text: it needs one")
@@ -339,12 +341,15 @@ def from_name(name, texts=None):
         if not re.fullmatch(r"bpe:\d{1,9}", name) or int(name[4:]) < 257:
             raise ValueError(f"{name}: bpe:N takes a number of tokens from 257, the bytes and the end of text, on")
         return BytePairTokenizer.train(int(name[4:]), texts(BPE_SAMPLE))
+    import tiktoken
+
+    from data.shards import read_meta
+
     if name in tiktoken.list_encoding_names():
         return TiktokenTokenizer(name)
     try:
-        if os.path.isfile(os.path.join(name, "meta.json")):
-            with open(os.path.join(name, "meta.json"), encoding="utf-8") as f:
-                return from_description(json.load(f)["tokenizer"])
+        if any(os.path.isfile(os.path.join(name, meta)) for meta in ("meta.json", "meta.pkl")):
+            return from_description(read_meta(name).get("tokenizer"))
         if os.path.isfile(name) and name.endswith(".model"):
             with open(name, "rb") as f:
                 return SentencePieceTokenizer(base64.b64encode(f.read()).decode())
@@ -357,8 +362,9 @@ def from_name(name, texts=None):
     if description := from_hub(name):
         return from_description(description)
     raise ValueError(
-        f"no tokenizer {name}: char, bpe:8192, {', '.join(tiktoken.list_encoding_names())}, a tokenizer.json, "
-        "a SentencePiece .model, the folder of a dataset or of a model, or a Hub name is wanted"
+        f"no tokenizer {name}, nor does the Hugging Face Hub give one: char, bpe:8192, "
+        f"{', '.join(tiktoken.list_encoding_names())}, a tokenizer.json, a SentencePiece .model, the folder of a "
+        "dataset or of a model, or a Hub name is wanted"
     )
 
 

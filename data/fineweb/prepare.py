@@ -13,6 +13,7 @@ of them for validation: about 10 billion tokens, 20 GB.
 """
 
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -21,7 +22,16 @@ from tqdm import tqdm
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, "..", ".."))
 from data.documents import Files  # noqa: E402
-from data.preparation import CORPUS, begin, locked, prepare_script, replace, write_dataset, write_json  # noqa: E402
+from data.preparation import (  # noqa: E402
+    CORPUS,
+    begin,
+    locked,
+    prepare_script,
+    replace,
+    sha256_of,
+    write_dataset,
+    write_json,
+)  # fmt: skip
 from data.shards import PREPARING  # noqa: E402
 
 HUB = "hf://datasets/HuggingFaceFW/fineweb/sample/10BT/*.parquet"
@@ -34,20 +44,29 @@ def fetch_tokens(count, force):
 
     names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1))]
     with locked(here):
-        state = begin(here, {"repository": READY, "files": names}, force)
+        state = begin(here, {"repository": READY, "files": count}, force)
         if state is None:
             return
-        write_json(os.path.join(here, PREPARING), state | {"replacing": True})
-        files = {}
+        write_json(os.path.join(here, PREPARING), state)
+        files, aside = {}, os.path.join(here, ".download")
         for name in tqdm(names, desc="downloading", unit=" files"):
-            try:
-                path = hf_hub_download(READY, name, repo_type="dataset", local_dir=here)
-            except Exception as e:  # of the library that it uses for the network
-                raise OSError(f"cannot fetch {name} of {READY} ({e}): the same command carries on from here") from None
-            files[name] = {"tokens": int(np.fromfile(path, "<i4", 3)[2])}  # as its header says
+            path = os.path.join(here, name)
+            if not any(map(os.path.exists, (path, path + ".tmp"))):
+                try:
+                    hf_hub_download(READY, name, repo_type="dataset", local_dir=aside)
+                except Exception as e:  # of the library that it uses for the network
+                    raise OSError(
+                        f"cannot fetch {name} of {READY} ({e}): the same command carries on from here"
+                    ) from None
+                os.replace(os.path.join(aside, name), path + ".tmp")
+            path = path if os.path.exists(path) else path + ".tmp"
+            files[name] = {"tokens": int(np.fromfile(path, "<i4", 3)[2]), "sha256": sha256_of(path)}
         tokenizer = {"kind": "tiktoken", "name": "gpt2"}
-        meta = {"vocab_size": 50257, "dtype": "uint16", "tokenizer": tokenizer, "source": READY}
-        replace(here, meta | {"recipe": state["recipe"], "files": files})
+        meta = {"vocab_size": 50257, "dtype": "uint16", "tokenizer": tokenizer, "source": READY, "files": files}
+        state |= {"replacing": True, "meta": meta | {"recipe": state["recipe"]}}
+        write_json(os.path.join(here, PREPARING), state)
+        replace(here, state["meta"])
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 if __name__ == "__main__":
@@ -55,6 +74,8 @@ if __name__ == "__main__":
         if not 1 <= args.files <= 103:
             raise ValueError(f"--files takes a number from 1 to 103, not {args.files}")
         if args.pretokenized:
+            if args.input or args.num_samples or args.shard_tokens or args.tokenizer != "gpt2":
+                raise ValueError("ready-made tokens are GPT-2's: --pretokenized goes with --files and --force alone")
             fetch_tokens(args.files, args.force)
         else:
             write_dataset(here, Files({None: [args.input or HUB]}, args), args, source=args.input or HUB)

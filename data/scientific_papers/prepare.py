@@ -4,13 +4,13 @@ Prepare abstracts of scientific papers from arXiv, in GPT-2's tokens.
     python data/scientific_papers/prepare.py --num_samples=20000
     python data/scientific_papers/prepare.py --source=arxiv --query="cat:cs.CL" --num_samples=2000
 
-Reads the parquet files of gfissore/arxiv-abstracts-2021 on the Hugging Face Hub, of which only the abstracts travel:
-1,999,486 of them, to the end of 2021, are about 0.4 billion tokens. --source=arxiv asks the API of arXiv instead, for
-what --query selects (https://info.arxiv.org/help/api, a request every three seconds, 1,000 papers without
---num_samples), and keeps the answers in a .jsonl file beside this one, to go on from there the next time. Line breaks
-within abstracts become spaces. One abstract in 100 is for validation.
+Reads the parquet files of gfissore/arxiv-abstracts-2021 on the Hugging Face Hub, of which only the abstracts travel,
+about 1 GB: 1,999,486 of them, to the end of 2021, about 0.4 billion tokens. --source=arxiv asks the API of arXiv
+instead (https://info.arxiv.org/help/api), 1,000 papers without --num_samples, and keeps the answers beside this file,
+to go on from there the next time. Line breaks become spaces. One abstract in 100 is for validation.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -34,11 +34,10 @@ PAUSE, PAGE = 3, 200  # seconds between requests, papers in an answer
 
 
 def ask(query, start, count):
-    """What the API knows of papers start .. start + count - 1 for a query: how many there are, and a list of dicts. It
-    is asked again when it fails, as it does now and then."""
+    """Papers start .. start + count - 1 for a query: how many there are in all, and a list of dicts."""
     wanted = dict(search_query=query, start=start, max_results=count, sortBy="submittedDate", sortOrder="ascending")
     request = urllib.request.Request(f"{API}?{urllib.parse.urlencode(wanted)}", headers={"User-Agent": "plainGPT"})
-    for attempt in range(1, 6):
+    for attempt in range(1, 6):  # it fails now and then
         time.sleep(PAUSE * attempt)
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
@@ -59,18 +58,19 @@ def ask(query, start, count):
 
 def fetch(query, count):
     """The path of a .jsonl file with the first `count` abstracts for a query, or all if there are fewer."""
-    path = os.path.join(here, f"arxiv-{re.sub('[^A-Za-z0-9]+', '-', query)}.jsonl")
-    with open(path, "a+", encoding="utf-8") as f, tqdm(total=count, desc="asking arXiv", unit=" papers") as bar:
+    name = f"{re.sub('[^A-Za-z0-9]+', '-', query)}-{hashlib.sha256(query.encode()).hexdigest()[:6]}"
+    path = os.path.join(here, f"arxiv-{name}.jsonl")
+    with open(path, "ab+") as f, tqdm(total=count, desc="asking arXiv", unit=" papers") as bar:
         f.seek(0)
-        lines = [line for line in f if line.endswith("\n")]  # an interruption may have left half a one
-        if sum(len(line.encode()) for line in lines) < os.path.getsize(path):
-            f.truncate(sum(len(line.encode()) for line in lines))
+        lines = [line for line in f if line.endswith(b"\n")]  # an interruption may have left half a one
+        if sum(map(len, lines)) < os.path.getsize(path):
+            f.truncate(sum(map(len, lines)))
         n, total = len(lines), count
         while n < min(count, total):
             bar.update(n - bar.n)
             total, papers = ask(query, n, min(PAGE, count - n))
             for paper in papers:
-                f.write(json.dumps({"id": paper["id"], "title": paper["title"], "abstract": paper["summary"]}) + "\n")
+                f.write(json.dumps(paper | {"abstract": paper.pop("summary")}).encode() + b"\n")
             f.flush()
             n += len(papers)
         bar.update(n - bar.n)
@@ -82,6 +82,9 @@ if __name__ == "__main__":
     with prepare_script(__doc__, "input", *CORPUS, **options) as args:
         if args.source not in ("hub", "arxiv"):
             raise ValueError(f"--source takes hub or arxiv, not {args.source}")
-        source = args.input or (fetch(args.query, args.num_samples or 1000) if args.source == "arxiv" else HUB)
+        source = args.input or HUB
+        if args.source == "arxiv":
+            args.num_samples = args.num_samples or 1000
+            source = fetch(args.query, args.num_samples)
         corpus = Files({None: [source]}, args, edit=lambda text: " ".join(text.split()))
         write_dataset(here, corpus, args, source)

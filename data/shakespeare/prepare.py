@@ -23,9 +23,9 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 def prepare(folder, args):
     """Make a dataset folder of the input.txt in it, or in one of the two folders of Shakespeare."""
-    paths = [os.path.join(path, "input.txt") for path in (folder, here, os.path.join(here, "..", "shakespeare_char"))]
+    paths = [os.path.join(path, "input.txt") for path in (folder, os.path.join(here, "..", "shakespeare_char"), here)]
     if not any(os.path.exists(path) for path in paths):
-        download(URL, paths[0], SHA256)
+        download(URL, paths[-1], SHA256)
     path = next(path for path in paths if os.path.exists(path))
     with open(path, "rb") as f:
         raw = f.read()

@@ -3,8 +3,9 @@ Prepare the works of Shakespeare (tiny Shakespeare, 1.1 MB) as a character-level
 
     python data/shakespeare_char/prepare.py
 
-Downloads input.txt, or takes the one that lies beside this file or data/shakespeare's, whatever text it is. The last
-tenth of it is for validation. Expect 65 different characters, 1,003,854 tokens in train.bin and 111,540 in val.bin.
+Downloads data/shakespeare/input.txt, or takes the input.txt that lies there or beside this file, whatever text it is.
+The last tenth of it is for validation. Expect 65 different characters, 1,003,854 tokens in train.bin and 111,540 in
+val.bin.
 """
 
 import os

@@ -12,7 +12,8 @@ What cannot be read is left out and counted.
 
 --tokenizer is gpt2 or another encoding of tiktoken, char, bpe:N (N tokens learned from this text, 512 to 32768 for most
 purposes), a tokenizer.json, a SentencePiece .model, the folder of a dataset (data/mine) or of a model, or a name on the
-Hugging Face Hub. One passage in ten, chosen by a hash of its text, is for validation: --val_share.
+Hugging Face Hub. char and bpe:N read all of the text twice. One passage of 4,000 characters in ten, chosen by a hash of
+its text, is for validation, and one row in ten: --val_share.
 """
 
 import hashlib
@@ -44,6 +45,8 @@ if __name__ == "__main__":
         if not args.inputs:
             raise ValueError("say which text: python data/text/prepare.py book.txt; --help tells more")
         inputs = [keep_stdin(folder) if path == "-" else path for path in args.inputs]
-        write_dataset(folder, Files({None: inputs}, args), args, source=" ".join(args.inputs))
-        if "-" in args.inputs:
-            os.remove(os.path.join(folder, "stdin.txt"))
+        try:
+            write_dataset(folder, Files({None: inputs}, args), args, source=" ".join(args.inputs))
+        finally:
+            if "-" in args.inputs:
+                os.remove(os.path.join(folder, "stdin.txt"))

@@ -6,8 +6,9 @@ to write (https://arxiv.org/abs/2305.07759).
     python data/tinystories/prepare.py --num_samples=50000
 
 Reads 5 parquet files of roneneldan/TinyStories on the Hugging Face Hub (1 GB, nothing of them is kept): 2,119,719
-stories and 21,990 more for validation. The tokens are GPT-2's without --tokenizer; a small vocabulary suits a small
-model. --input= and --num_samples= leave out the validation file: then one story in 100 is for validation.
+stories and 21,990 more for validation. The tokens are GPT-2's without --tokenizer: expect 474.0 million and 4.77
+million; a small vocabulary suits a small model, and is learned in a reading of its own. With --input= or --num_samples=
+one story in 100 is for validation instead.
 """
 
 import os
