@@ -21,6 +21,8 @@ import itertools
 import json
 import os
 import re
+import sys
+import tempfile
 import zlib
 from typing import NamedTuple
 
@@ -64,17 +66,22 @@ class Files:
 
     splits: {"train", "val" or None, to choose by a hash: [path, folder, pattern* or hf://datasets/...]}
     args: column, format and max_bad of OPTIONS
-    edit: what to do to each text
+    edit: what to do to the text of each row
 
-    Unreadable rows and bytes are left out and counted in counts. OSError and ValueError say what is wrong with a file.
+    Long texts come in passages, chosen for a split one by one. Unreadable rows and bytes are left out and counted in
+    counts. OSError and ValueError say what is wrong with a file.
     """
 
     def __init__(self, splits, args, edit=str):
         self.column, self.format, self.max_bad, self.edit = args.column, args.format, args.max_bad, edit
         if self.format not in ("", *FORMATS):
             raise ValueError(f"--format takes {', '.join(FORMATS)}, not {self.format}")
-        patterns = [(split, pattern) for split, patterns in splits.items() for pattern in patterns]
-        self.found = [(split, p, None if p.startswith("hf://") else find(p)) for split, p in patterns]
+        self.stdin = None  # a copy: it may be read twice
+        patterns = [(split, pattern) for split, patterns in splits.items() for pattern in dict.fromkeys(patterns)]
+        self.found = []
+        for split, pattern in patterns:
+            found = self.keep_stdin() if pattern == "-" else None if pattern.startswith("hf://") else find(pattern)
+            self.found.append((split, pattern, found))
         self.identity = hashlib.sha256(json.dumps(self.found).encode()).hexdigest()
         self.counts = {"rows": 0, "bad rows": 0, "characters": 0, "undecodable bytes": 0}
         self.first_bad = ""
@@ -100,6 +107,17 @@ class Files:
     def size(self):
         return self.starts[-1]
 
+    def keep_stdin(self):
+        """Copy standard input into a file that is gone when the process is, in TMPDIR; what find() says of it."""
+        if sys.stdin is None:
+            raise ValueError("standard input is closed")
+        self.stdin, digest = tempfile.TemporaryFile(), hashlib.sha256()
+        while block := sys.stdin.buffer.read(1 << 20):
+            self.stdin.write(block)
+            digest.update(block)
+        self.stdin.flush()
+        return [("-", self.stdin.tell(), digest.hexdigest())]
+
     def undecodable(self, error):
         self.counts["undecodable bytes"] += error.end - error.start
         return "\N{REPLACEMENT CHARACTER}", error.end
@@ -113,7 +131,7 @@ class Files:
             with self.open(path, packed=reader is Files.parquet) as f:
                 for text, ends in reader(self, f, path):
                     self.counts["characters"] += len(text)
-                    yield Piece(self.edit(text), ends, split)
+                    yield Piece(text, ends, split)
         except ImportError as e:
             raise ValueError(f"{path} needs a package: pip install {str(e.name).partition('.')[0]}") from None
         except Exception as e:
@@ -130,12 +148,16 @@ class Files:
     @contextlib.contextmanager
     def open(self, path, packed=False):
         """A binary file, unpacked if its name says so."""
-        opened = open
         if path.startswith("hf://"):
             from huggingface_hub import HfFileSystem
 
-            path, opened = path[5:], HfFileSystem().open
-        with opened(path, "rb") as raw:
+            file = HfFileSystem().open(path[5:], "rb")
+        elif path == "-":
+            self.stdin.seek(0)
+            file = os.fdopen(os.dup(self.stdin.fileno()), "rb")
+        else:
+            file = open(path, "rb")
+        with file as raw:
             self.within = raw.tell
             if path.lower().endswith(".gz") and not packed:
                 yield gzip.open(raw)
@@ -147,8 +169,9 @@ class Files:
                 yield raw if hasattr(raw, "peek") else io.BufferedReader(raw)
 
     def decode(self, f):
-        start = f.peek(2)[:2]
-        encoding = "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        start = f.peek(4)[:4]
+        encoding = "utf-16" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        encoding = "utf-32" if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE) else encoding
         return io.TextIOWrapper(f, encoding, errors=self.on_error, newline="")
 
     def text(self, f, path):
@@ -178,7 +201,7 @@ class Files:
     def csv(self, f, path, delimiter=","):
         csv.field_size_limit(2**31 - 1)
         quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-        rows = csv.DictReader(self.decode(f), delimiter=delimiter, quoting=quoting)
+        rows = csv.DictReader(self.decode(f), delimiter=delimiter, quoting=quoting, strict=True)
         self.check_column(rows.fieldnames or [])
         while True:
             try:
@@ -198,6 +221,9 @@ class Files:
 
         table, seen, size = ParquetFile(f, buffer_size=1 << 20), 0, f.seek(0, 2)
         self.check_column(table.schema_arrow.names)
+        kind = table.schema_arrow.field(self.column).type
+        if not str(getattr(kind, "value_type", kind)).endswith(("string", "string_view")):
+            raise ValueError(f"its column {self.column} holds {kind}, not text: --column= names one")
         self.within = lambda: size * seen // max(1, table.metadata.num_rows)
         for batch in table.iter_batches(batch_size=256, columns=[self.column]):
             try:
@@ -211,19 +237,21 @@ class Files:
 
     def check_column(self, names):
         if self.column not in names:
-            raise ValueError(f"it has no column {self.column}, but {', '.join(names)}: --column= names one")
+            there = ", ".join(names[:20]) or "none at all"
+            raise ValueError(f"it has no column {self.column}, but {there}: --column= names one")
 
     def row(self, row, where):
         """The text of a row, if it has one: as a document, or not at all."""
         self.counts["rows"] += 1
         text = row.get(self.column) if isinstance(row, dict) else None
         if isinstance(text, str):
-            return [(text, True)] if text else []
+            return [(self.edit(text), True)] if text else []
         self.counts["bad rows"] += 1
         if not self.first_bad:
-            self.first_bad = f"{where} is not understood"
+            self.first_bad = f"{where} is not understood: jsonl has an object a line, csv quotes in pairs"
             if isinstance(row, dict):
-                lacks = f"text in its {self.column}" if self.column in row else f"{self.column}, but {', '.join(row)}"
+                there = ", ".join(str(name) for name in list(row)[:20])
+                lacks = f"text in its {self.column}" if self.column in row else f"{self.column}, but {there}"
                 self.first_bad = f"{where} has no {lacks}: --column= names another"
         return []
 
@@ -275,7 +303,7 @@ def find(pattern):
     else:
         paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if os.path.isdir(pattern):
-            for folder, subfolders, names in os.walk(pattern):
+            for folder, subfolders, names in os.walk(pattern, onerror=complain):
                 subfolders[:] = [name for name in subfolders if name[0] != "."]
                 kinds = FORMATS.keys() - {"json"}
                 paths += [os.path.join(folder, n) for n in names if n[0] != "." and extension(n) in kinds]
@@ -284,5 +312,9 @@ def find(pattern):
         found = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
     if not found:
         what = "files of text in the folder" if os.path.isdir(pattern) else "such file or folder:"
-        raise FileNotFoundError(f"no {what} {pattern}; name those with other endings, or with a 'pattern*'")
+        raise FileNotFoundError(f"no {what} {pattern}; other endings want a 'pattern*', - is standard input")
     return found
+
+
+def complain(error):
+    raise error

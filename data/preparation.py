@@ -30,7 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from data.shards import PREPARING, Dataset, read_json
+from data.documents import PIECE, passages
+from data.shards import PREPARING, Dataset, Tokens, read_json
 from data.tokenizer import from_description, from_name
 
 # -----------------------------------------------------------------------------
@@ -73,11 +74,22 @@ def prepare_script(doc, *names, **defaults):
             parser.add_argument(f"--{name}", action="store_true", help=text)
         else:
             parser.add_argument(f"--{name}", type=type(default), default=default, help=text, metavar="...")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # names of files and columns may be anything
+
+    def complain(message):
+        print(f"error: {message}; --help lists what there is", file=sys.stderr)
+        sys.exit(2)
+
+    parser.error = complain
     args = argparse.Namespace(**options)
     parser.parse_intermixed_args(namespace=args)
     try:
         if not 0 < args.val_share < 1 or not 0 <= args.max_bad <= 1:
             raise ValueError("--val_share and --max_bad are shares: numbers between 0 and 1")
+        if "name" in defaults and (os.path.basename(args.name) != args.name or args.name in ("", ".", "..")):
+            raise ValueError(f"--name is that of a folder in data/, not {args.name!r}")
         if min(args.num_samples, args.shard_tokens, args.workers) < 0:
             raise ValueError("--num_samples, --shard_tokens and --workers must not be negative")
         yield args
@@ -150,17 +162,23 @@ def write_dataset(folder, corpus, args, source):
 def begin(folder, recipe, force):
     """The state to start from, None if the dataset is there already. ValueError if the folder holds another one."""
     unfinished, meta = (read_json(os.path.join(folder, name)) for name in (PREPARING, "meta.json"))
+    if unfinished and not (unfinished.keys() >= beginning(None).keys() and isinstance(unfinished["recipe"], dict)):
+        unfinished = None  # damaged
+    if unfinished and not any(unfinished["tokens"].values()) and not unfinished.get("replacing"):
+        unfinished = None  # nothing is lost
     there = unfinished or meta or ({} if glob.glob(os.path.join(glob.escape(folder), "*.bin")) else None)
     if there is not None and there.get("recipe") != recipe and not force:
-        before = there.get("recipe") or {}
+        before = there.get("recipe") if isinstance(there.get("recipe"), dict) else {}
         changed = [k for k in recipe if before.get(k) != recipe[k]]
         changed = ["other or changed input" if k == "inputs" else f"{k} {before.get(k)}" for k in changed]
         kind = "an unfinished dataset" if unfinished else "a dataset"
         how = f"with {'; '.join(changed)}" if before else "in another way"
         raise ValueError(f"{folder} holds {kind} that was made {how}: --force replaces it")
-    if unfinished and unfinished.get("recipe") == recipe:
+    if unfinished and unfinished["recipe"] == recipe:
         print(f"carrying on after {sum(unfinished['tokens'].values()):,} tokens")
         return unfinished
+    if unfinished and unfinished.get("replacing"):
+        remove_others(folder, ())  # half of this and half of that
     if meta and not force:
         try:
             tokens = {split: len(Dataset(folder).split(split)) for split in ("train", "val")}
@@ -188,7 +206,8 @@ def make_tokenizer(corpus, args):
             for _, _, _, piece, split in read(corpus, args, start):
                 if n is None or split == "train" and fraction(piece.text, 1) < share:
                     seen += len(piece.text)
-                    yield piece.text
+                    # a word of a million letters would take for ever to learn from
+                    yield from (text for text, _ in passages(piece.text, PIECE))
                 if n is not None and seen > n:  # unpacked it may be far more than the size of the files
                     break
                 start["documents"][split] += piece.ends
@@ -385,14 +404,19 @@ class TokenFiles:
                 self.open.pop(split).close()
 
     def cut(self):
-        """Make two splits, nine to one, of the tokens of one. The few documents that a hash all sends into the same
-        split are held in memory."""
+        """Make two splits, nine to one, of the tokens of one: a hash sends few documents all into the same."""
         self.close()
-        ids = np.concatenate([np.fromfile(self.path(name), self.dtype) for name in self.sizes()])
-        self.tokens.update(train=0, val=0)
-        cut = max(1, len(ids) * 9 // 10)
-        self.write("train", ids[:cut])
-        self.write("val", ids[cut:])
+        for name in self.sizes():
+            os.replace(self.path(name), self.path(name.replace("val", "train")))
+        n = max(self.tokens.values())
+        self.tokens.update(train=n, val=0)
+        parts = {self.path(name): (self.dtype, 0, count) for name, count in self.sizes().items()}
+        start = max(1, n * 9 // 10)
+        for i in range(start, n, 1 << 20):
+            self.write("val", Tokens(parts).read(i, min(1 << 20, n - i)))
+        self.tokens["train"] = start
+        self.sync()
+        self.intact()
 
     def sync(self):
         for f in self.open.values():
@@ -427,13 +451,18 @@ def replace(folder, meta):
     for name in meta["files"]:
         if os.path.exists(os.path.join(folder, name + ".tmp")):
             os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
-    for name in os.listdir(folder):  # what was there before
-        if re.fullmatch(r"(.*_)?(train|val)(_\d+)?\.bin(\.tmp)?|meta\.pkl", name) and name not in meta["files"]:
-            os.remove(os.path.join(folder, name))
+    remove_others(folder, meta["files"])
     write_json(os.path.join(folder, "meta.json"), meta)
     os.remove(os.path.join(folder, PREPARING))
     for name, entry in meta["files"].items():
         print(f"{os.path.join(folder, name)}: {entry['tokens']:,} tokens")
+
+
+def remove_others(folder, names):
+    """Remove the files of a dataset from a folder, but for those of these names."""
+    for name in os.listdir(folder):
+        if re.fullmatch(r"(.*_)?(train|val)(_\d+)?\.bin(\.tmp)?|meta\.(pkl|json)", name) and name not in names:
+            os.remove(os.path.join(folder, name))
 
 
 def write_json(path, content):

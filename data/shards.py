@@ -14,11 +14,13 @@ llm.c and modded-nanogpt: 256 int32, of which the first three are a magic number
 (https://github.com/karpathy/llm.c, dev/data/data_common.py).
 """
 
+import functools
 import glob
 import json
 import os
 import pickle
 import re
+import signal
 import sys
 
 import numpy as np
@@ -62,8 +64,10 @@ class Dataset:
         self.dtype, self.files = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<"), meta.get("files")
         # in order of length, then of the alphabet: x_train_2.bin comes before x_train_10.bin
         self.names = sorted(self.files or names, key=lambda name: (len(name), name))
-        known = [HEADERS[self.header(name)[0]][2] for name in self.names if self.header(name)[0] in HEADERS]
-        self.vocab_size = self.vocab_size or max((n for n in known if n), default=None)
+        formats = {self.header(name)[0] for name in self.names} & HEADERS.keys()
+        if len(formats) > 1:
+            raise ValueError(f"{folder} holds tokens of two formats: keep those of one vocabulary")
+        self.vocab_size = self.vocab_size or next((HEADERS[magic][2] for magic in formats), None)
 
     def split(self, name):
         """The tokens of 'train' or 'val' as one stream."""
@@ -71,7 +75,7 @@ class Dataset:
         names = [f"{name}.bin"] if f"{name}.bin" in names else names
         if not names:
             raise FileNotFoundError(f"no {name}.bin in {self.folder}; {self.remedy}")
-        return Tokens({os.path.join(self.folder, file): self.open(file) for file in names})
+        return Tokens({os.path.join(self.folder, file): self.layout(file) for file in names})
 
     def header(self, name):
         """The magic number, version and number of tokens at the beginning of a file, if it has a header."""
@@ -80,8 +84,8 @@ class Dataset:
             raise FileNotFoundError(f"{self.folder} has no {name} as meta.json lists it; {self.remedy}")
         return np.append(np.fromfile(path, dtype="<i4", count=3), [0, 0, 0])[:3].tolist()
 
-    def open(self, name):
-        """The ids in a file of the folder, mapped into memory, not read."""
+    def layout(self, name):
+        """Where the ids of a file are: their type, the bytes before them, and how many they are."""
         path, dtype, offset = os.path.join(self.folder, name), self.dtype, 0
         magic, version, stated = self.header(name)
         if magic in HEADERS:
@@ -89,21 +93,21 @@ class Dataset:
             if version != known:
                 raise ValueError(f"{path} is of version {version} of its format, only {known} is known")
             dtype, offset = np.dtype(kind), HEADER
-        elif self.files:
-            stated = self.files[name]["tokens"]
         else:
-            stated = None
-        size = os.path.getsize(path) - offset
-        if size <= 0 or size % dtype.itemsize:
+            stated = self.files[name]["tokens"] if self.files else None
+        size = os.path.getsize(path)
+        count, rest = divmod(size - offset, dtype.itemsize)
+        if rest or size < offset:
             raise ValueError(f"{path} has {size} bytes, which is no whole number of {dtype.name} tokens; {self.remedy}")
-        if stated is not None and stated != size // dtype.itemsize:
+        if stated is not None and stated != count:
             says = "its header" if offset else "meta.json"
-            raise ValueError(f"{path} has {size // dtype.itemsize:,} tokens, {says} says {stated:,}; {self.remedy}")
-        ids = np.memmap(path, dtype=dtype, mode="r", offset=offset)
-        start = ids[: 1 << 16]
+            raise ValueError(f"{path} has {count:,} tokens, {says} says {stated:,}; {self.remedy}")
+        if not count:
+            raise ValueError(f"{path} is empty; {self.remedy}")
+        start = np.fromfile(path, dtype, count=1 << 16, offset=offset)
         if dtype.itemsize == 2 and len(start) > 1000 and start[1::2].max() < 16 and start[::2].max() > 255:
             raise ValueError(f"{path} holds numbers of four bytes or more, not {dtype.name}; {self.remedy}")
-        return ids
+        return dtype, offset, count
 
 
 def read_json(path):
@@ -155,22 +159,29 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 class Tokens:
-    """A stream of token ids over one or many memory-mapped files."""
+    """A stream of token ids over one or many files. parts: {path: (dtype, bytes before the ids, how many ids)}."""
 
-    def __init__(self, shards):
-        self.shards = shards  # path: ids
-        self.parts = list(shards.values())
-        self.ends = np.cumsum([len(part) for part in self.parts])
+    def __init__(self, parts):
+        self.paths, self.layouts = list(parts), list(parts.values())
+        self.ends = np.cumsum([count for _, _, count in self.layouts])
+        # the ids of a part, mapped into memory, not read; a process may have a thousand files open or so
+        self.ids = functools.lru_cache(maxsize=256)(self.open)
 
     def __len__(self):
         return int(self.ends[-1])
 
+    def open(self, i):
+        dtype, offset, count = self.layouts[i]
+        return np.memmap(self.paths[i], dtype=dtype, mode="r", offset=offset, shape=(count,))
+
     def read(self, start, count):
         """Ids start .. start + count - 1 of the stream, (count,)."""
-        i = int(np.searchsorted(self.ends, start, side="right"))
-        offset = start - int(self.ends[i]) + len(self.parts[i])
-        part = self.parts[i][offset : offset + count]
-        return part if len(part) == count else np.concatenate((part, self.read(start + len(part), count - len(part))))
+        parts, i = [], int(np.searchsorted(self.ends, start, side="right"))
+        while count > 0:
+            offset = start - int(self.ends[i]) + self.layouts[i][2]
+            parts.append(np.array(self.ids(i)[offset : offset + count]))  # a copy: files can be closed
+            start, count, i = start + len(parts[-1]), count - len(parts[-1]), i + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def windows(self, starts, length):
         """The ids of windows that begin at starts, (B,), as int64, (B, length)."""
@@ -181,11 +192,11 @@ class Tokens:
         at the beginning of each file, which is where another type or vocabulary shows."""
         if len(self) < block_size + 1:
             raise ValueError(
-                f"{next(iter(self.shards))} has {len(self):,} tokens, fewer than block_size + 1 = {block_size + 1:,}: "
+                f"{self.paths[0]} has {len(self):,} tokens, fewer than block_size + 1 = {block_size + 1:,}: "
                 "use more text" + (f", or --block_size={len(self) - 1} or less" if len(self) > 1 else "")
             )
-        for path, shard in self.shards.items():
-            largest = int((shard if len(self) <= CHECKED else shard[: 1 << 20]).max())
+        for i, path in enumerate(self.paths):
+            largest = int(self.ids(i)[: None if len(self) <= CHECKED else 1 << 20].max())
             if largest >= vocab_size:
                 raise ValueError(
                     f"{path} has a token id {largest}, but the vocabulary ends at {vocab_size - 1}: "
@@ -256,27 +267,31 @@ def show(folder):
     if "source" in meta:
         print(f"source: {meta['source']}")
     for name, tokens in splits.items():
-        documents = meta.get("documents", {}).get(name)
-        of = f" of {documents:,} documents" if documents else ""
-        print(f"{name}: {len(tokens):,} tokens{of} in {len(tokens.shards)} file{'s' * (len(tokens.shards) > 1)}")
-        for path, shard in tokens.shards.items():
-            print(f"    {path}: {len(shard):,} tokens, {shard.dtype.name}")
-    start = splits["train"].read(0, min(len(splits["train"]), 2000))
+        documents = meta["documents"].get(name) if isinstance(meta.get("documents"), dict) else None
+        of, n = f" of {documents} documents" if documents else "", len(tokens.paths)
+        print(f"{name}: {len(tokens):,} tokens{of} in {n} file{'s' * (n > 1)}")
+        for path, (dtype, _, count) in zip(tokens.paths, tokens.layouts, strict=True):
+            print(f"    {path}: {count:,} tokens, {dtype.name}")
+    sample = splits["train"].read(0, min(len(splits["train"]), 1 << 22))
     if tokenizer:
-        ends = [i for i in np.flatnonzero(start == tokenizer.eot) if i > 0]  # some put it before a document
-        print("first document:", repr(tokenizer.decode(start[: ends[0] if ends else 200])[:1000]))
-    sample = splits["train"].read(0, min(len(splits["train"]), 1 << 24))
-    counts = np.bincount(sample)
+        ends = [i for i in np.flatnonzero(sample[:2000] == tokenizer.eot) if i > 0]  # some put it before a document
+        print("first document:", repr(tokenizer.decode(sample[: ends[0] if ends else 200])[:1000]))
+    ids, counts = np.unique(sample, return_counts=True)
     print(f"most frequent of the first {len(sample):,} tokens:")
-    for i in np.argsort(-counts)[:10].tolist():
-        print(f"    {i:6} {counts[i] / len(sample):6.2%} {tokenizer.decode([i])!r}" if tokenizer else f"    {i:6}")
+    for i in np.argsort(-counts, kind="stable")[:10]:
+        text = repr(tokenizer.decode([ids[i]])) if tokenizer else ""
+        print(f"    {ids[i]:6} {counts[i] / len(sample):6.2%} {text}")
+    for tokens in splits.values():
+        tokens.check(1, data.vocab_size or tokenizer.vocab_size)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print(__doc__.strip())
-        sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end with the reader of a pipe
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+            raise ValueError("type python data/shards.py FOLDER")
         show(sys.argv[1])
     except (OSError, ValueError) as e:
         print("error:", e, file=sys.stderr)

@@ -133,7 +133,14 @@ class TiktokenTokenizer(Tokenizer):
         return np.array(self.encoding.encode(text, allowed_special={"<|endoftext|>"}, disallowed_special=()))
 
     def encode_documents(self, texts):
-        return [self.encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+        return [self.encode_plain(text) for text in texts]
+
+    def encode_plain(self, text):
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # a run of a million spaces is too much for its regular expressions
+            middle = len(text) // 2
+            return np.concatenate([self.encode_plain(text[:middle]), self.encode_plain(text[middle:])])
 
     def token_bytes(self, i):
         try:
@@ -211,7 +218,9 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError("a SentencePiece model needs its library: pip install sentencepiece") from None
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=base64.b64decode(model, validate=True))
-            self.vocab_size = self.model.vocab_size()
+            self.vocab_size = self.model.vocab_size() if self.model.serialized_model_proto() else 0
+            if not self.vocab_size:
+                raise ValueError("it is empty")
         except Exception as e:  # RuntimeError of its parser, binascii.Error
             raise ValueError(f"this is no SentencePiece model: {e}") from None
         self.eot = self.model.eos_id() if self.model.eos_id() >= 0 else None
@@ -293,7 +302,11 @@ class HubTokenizer(Tokenizer):
         return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def encode_documents(self, texts):
-        return [np.array(e.ids, np.int64) for e in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            encoded = self.plain.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as e:  # the library raises Exception itself
+            raise ValueError(f"the tokenizer cannot spell this text: {e}") from None
+        return [np.array(e.ids, np.int64) for e in encoded]
 
     def prompt(self, text):
         return np.array(self.tokenizer.encode(text).ids, dtype=np.int64)
@@ -338,8 +351,8 @@ def from_name(name, texts=None):
             for text in texts(None):
                 characters.update(text)
             return CharTokenizer(sorted(characters))
-        if not re.fullmatch(r"bpe:\d{1,9}", name) or int(name[4:]) < 257:
-            raise ValueError(f"{name}: bpe:N takes a number of tokens from 257, the bytes and the end of text, on")
+        if not re.fullmatch(r"bpe:\d{3,7}", name) or not 257 <= int(name[4:]) <= 10**6:
+            raise ValueError(f"{name}: bpe:N takes a number of tokens from 257, bytes and end of text, to 1000000")
         return BytePairTokenizer.train(int(name[4:]), texts(BPE_SAMPLE))
     import tiktoken
 
@@ -357,8 +370,8 @@ def from_name(name, texts=None):
             with open(name, encoding="utf-8") as f:
                 files = read_texts(os.path.dirname(name), HUB_FILES) | {"tokenizer.json": f.read()}
             return HubTokenizer({"tokenizer_config.json": guess_config(files["tokenizer.json"]), **files})
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{name} holds no tokenizer ({e})") from None
+    except Exception as e:  # files can hold anything
+        raise ValueError(f"{name} holds no tokenizer ({e or type(e).__name__})") from None
     if description := from_hub(name):
         return from_description(description)
     raise ValueError(

@@ -157,7 +157,7 @@ def test_a_hostile_meta_pkl_is_refused_and_does_not_run(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("train.bin", b"", "0 bytes"),
+        ("train.bin", b"", "0 tokens, meta.json says 4,400"),
         ("train.bin", b"abc", "3 bytes"),
         ("train.bin", b"ab" * 10, "meta.json says 4,400"),
         ("preparing.json", b'{"replacing": true}', "is not finished"),
@@ -220,7 +220,10 @@ WORDS = np.random.default_rng(0).integers(256, 50257, 4000)
     "write, message",
     [
         (lambda path: with_header(path, WORDS, says=4001), "has 4,000 tokens, its header says 4,001"),
-        (lambda path: with_header(path, [], says=3), "0 bytes, which is no whole number"),
+        (lambda path: with_header(path, [], says=3), "has 0 tokens, its header says 3"),
+        (lambda path: path.write_bytes(np.array([20240520, 1, 0], "<i4").tobytes()), "12 bytes, which is no whole"),
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: with_header(path, WORDS, 20240801, 7, "<u4"), None),
         (lambda path: with_header(path, WORDS, version=2), "of version 2 of its format, only 1 is known"),
         (lambda path: with_header(path, WORDS, dtype="<u4"), "has 8,000 tokens, its header says 4,000"),
         (lambda path: WORDS.astype("<u4").tofile(path), "numbers of four bytes or more, not uint16"),
@@ -235,7 +238,22 @@ def test_files_of_another_kind_are_named_before_training(tmp_path, script, tiny_
     with_header(tmp_path / "x_val_000000.bin", WORDS)
     result = script("train.py", *tiny_run.flags, f"--dataset={tmp_path}")
     (error,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
-    assert result.code == 2 and "x_train_000001.bin" in error and re.search(message, error), error
+    expected = f"x_train_000001.bin .*{message}" if message else "holds tokens of two formats"
+    assert result.code == 2 and re.search(expected, error), error
+
+
+def test_more_files_than_a_process_may_open(tmp_path):
+    resource = pytest.importorskip("resource")
+    for i in range(700):
+        np.full(2, i, "<u2").tofile(tmp_path / f"train_{i:06d}.bin")
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (400, before[1]))
+    try:
+        stream = Dataset(str(tmp_path)).split("train")
+        stream.check(10, 700)
+        assert stream.read(0, 1400).tolist() == [i // 2 for i in range(1400)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_training_on_files_with_headers(tmp_path, script, tiny_run):

@@ -21,7 +21,7 @@ from data import documents, preparation
 from data.documents import Files, Piece, Texts
 from data.preparation import fraction, write_dataset
 from data.shards import Dataset
-from data.tokenizer import BytePairTokenizer, from_description, from_name
+from data.tokenizer import BytePairTokenizer, CharTokenizer, from_description, from_name
 
 DOCUMENTS = [f"{i} {word}\nÜber {TEXT * (i % 7)}" for i, word in enumerate("a bc déf\r\n 日本 🙂 six".split(" ") * 40)]
 
@@ -146,6 +146,26 @@ def test_long_texts_are_cut_between_paragraphs_and_are_whole_again_as_tokens(tmp
     assert "".join(sorted(passages, key=text.index)) == text and len(decoded(data)["val"]) > 5
 
 
+@pytest.mark.parametrize("offset", [0, 1, 100, 4000, 4090, 4096, 5000])
+def test_passages_do_not_depend_on_what_is_before_them(tmp_path, offset):
+    document, marker = "".join(map(chr, range(0x4E00, 0x4E00 + 9000))) + "\n\nab " * 999, documents.END_OF_TEXT
+    (tmp_path / "a.txt").write_text("y" * offset + marker + document + marker + "z" * 4090 + marker)
+    pieces = list(Files({None: [str(tmp_path / "a.txt")]}, options()).pieces(0))
+    first = sum(piece.text.startswith("y") for piece in pieces)
+    last = [i for i, piece in enumerate(pieces) if piece.text.startswith("z")]
+    expected = [text for text, _ in documents.passages(document, documents.PIECE)]
+    assert [piece.text for piece in pieces[first : last[0]]] == expected and len(last) == 1
+    assert "|" not in "".join(piece.text for piece in pieces)
+
+
+def test_passages_have_the_tokens_of_the_whole_text():
+    text = "\n\n".join(f"{i} {TEXT * (i % 5)}" for i in range(199)) + " " + "word " * 3000
+    tokenizer = from_name("bpe:400", lambda n: [TEXT])
+    pieces = [piece for piece, _ in documents.passages(text, documents.PIECE)]
+    assert np.concatenate(tokenizer.encode_documents(pieces)).tolist() == tokenizer.encode(text).tolist()
+    assert len(pieces) > 10
+
+
 def test_folders_and_patterns_stand_for_their_files_in_order(tmp_path):
     for name in ("b/2.txt", "b/1.md", "b/c/3.jsonl", "b/.hidden.txt", "b/meta.json", "b/image.png", "a1.log", "a2.log"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -208,6 +228,37 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path / "x", tmp_path / name, tokenizer="char")
     assert not list((tmp_path / "x").glob("*.bin"))
+
+
+def parquet(path, **columns):
+    pytest.importorskip("pyarrow.parquet").write_table(pytest.importorskip("pyarrow").table(columns), path)
+    return path
+
+
+def test_columns_of_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    good = parquet(tmp_path / "a.parquet", text=pyarrow.array(DOCUMENTS).dictionary_encode())
+    assert [piece.text for piece in Files({None: [str(good)]}, options()).pieces(0)] == DOCUMENTS
+    lone = pyarrow.array([b"good", b"b\xffd", None]).cast(pyarrow.binary()).view(pyarrow.string())
+    corpus = Files({None: [str(parquet(tmp_path / "b.parquet", text=lone))]}, options())
+    assert [piece.text for piece in corpus.pieces(0)] == ["good", "b\ufffdd"]
+    assert corpus.counts["bad rows"] == corpus.counts["undecodable bytes"] == 1
+    for column in ([1, 2], [b"a", b"b"], [["a"], ["b"]][:0]):
+        with pytest.raises(ValueError, match="its column text holds .*, not text"):
+            make(tmp_path / "x", parquet(tmp_path / "c.parquet", text=column), tokenizer="char")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_stray_quote_does_not_swallow_rows_silently(tmp_path, name):
+    gap = "," if name == "a.csv" else "\t"
+    rows = [f"{i}{gap}row {i}\n" for i in range(99)]
+    (tmp_path / name).write_text(f"id{gap}text\n" + "".join(rows).replace("row 5\n", '"row 5\n'))
+    if name == "a.csv":
+        with pytest.raises(ValueError, match="1 bad rows in 6 rows"):
+            make(tmp_path / "x", tmp_path / name)
+    else:
+        texts = sum(decoded(make(tmp_path / "x", tmp_path / name)).values(), [])
+        assert len(texts) == 99 and '"row 5' in texts
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
@@ -374,6 +425,53 @@ def test_unfinished_files_that_were_damaged_are_begun_anew(tmp_path, monkeypatch
     assert "beginning again" in capsys.readouterr().out and files(tmp_path / "x") == files(tmp_path / "whole")
 
 
+def test_a_kill_while_few_documents_are_cut_into_two_splits(tmp_path, monkeypatch, small_batches):
+    path, write = jsonl(tmp_path / "a.jsonl"), preparation.TokenFiles.write
+    for share in (1e-12, 1 - 1e-12):
+        settings = dict(val_share=share, shard_tokens=1000)
+        make(tmp_path / f"whole{share}", path, **settings)
+        folder, cutting = tmp_path / f"x{share}", preparation.TokenFiles.cut
+
+        def killed(self, cutting=cutting):
+            cutting(self)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(preparation.TokenFiles, "cut", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make(folder, path, **settings)
+        monkeypatch.setattr(preparation.TokenFiles, "cut", cutting)
+        make(folder, path, **settings)
+        assert files(folder) == files(tmp_path / f"whole{share}")
+    assert preparation.TokenFiles.write is write
+
+
+def test_what_was_half_replaced_does_not_train_after_another_command_failed(tmp_path, monkeypatch):
+    path, folder = jsonl(tmp_path / "a.jsonl"), tmp_path / "x"
+    monkeypatch.setattr(preparation, "remove_others", lambda *args: 1 / 0)  # after the first files are in their places
+    with pytest.raises(ZeroDivisionError):
+        make(folder, path)
+    monkeypatch.undo()
+    (tmp_path / "b.jsonl").write_text("no row")
+    with pytest.raises(ValueError, match="bad rows"):
+        make(folder, tmp_path / "b.jsonl", tokenizer="char", force=True)
+    with pytest.raises(FileNotFoundError, match="is not finished"):
+        Dataset(str(folder))
+
+
+def test_a_command_that_failed_at_once_does_not_block_the_right_one(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in DOCUMENTS))
+    with pytest.raises(ValueError, match="--column= names another"):
+        make(tmp_path / "x", tmp_path / "a.jsonl", tokenizer="char")
+    assert len(decoded(make(tmp_path / "x", tmp_path / "a.jsonl", column="body"))["train"]) > 100
+
+
+@pytest.mark.parametrize("state", ["{}", "[]", "{", '{"recipe": [1]}', '{"recipe": {}, "tokens": 3}'])
+def test_a_damaged_state_is_begun_anew(tmp_path, state):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "preparing.json").write_text(state)
+    assert len(make(tmp_path / "x", jsonl(tmp_path / "a.jsonl")).split("train")) > 1000
+
+
 def test_two_processes_do_not_prepare_one_folder(tmp_path):
     pytest.importorskip("fcntl")
     (tmp_path / "x").mkdir()
@@ -396,6 +494,26 @@ def test_the_smallest_inputs_cut(tmp_path, texts):
 def test_num_samples_takes_the_first_documents(tmp_path):
     data = make(tmp_path / "x", jsonl(tmp_path / "a.jsonl"), num_samples=50)
     assert sorted(sum(decoded(data).values(), [])) == sorted(DOCUMENTS[:50])
+
+
+def test_num_samples_opens_no_more_files_than_it_needs(tmp_path):
+    paths = [jsonl(tmp_path / "a.jsonl"), str(tmp_path / "b.parquet")]
+    (tmp_path / "b.parquet").write_bytes(b"no parquet")
+    assert sum(map(len, decoded(make(tmp_path / "x", paths, num_samples=240)).values())) == 240
+    with pytest.raises(ValueError, match="b.parquet"):
+        make(tmp_path / "y", paths, num_samples=241)
+
+
+def test_other_settings_are_another_dataset(tmp_path):
+    (tmp_path / "a.log").write_text('{"text": "a"}\n' * 9)
+    make(tmp_path / "x", tmp_path / "a.log")
+    with pytest.raises(ValueError, match="made with format : --force"):
+        make(tmp_path / "x", tmp_path / "a.log", format="jsonl")
+    make(tmp_path / "t", jsonl(tmp_path / "t.jsonl"))
+    make(tmp_path / "y", tmp_path / "a.log", tokenizer=str(tmp_path / "t"))
+    make(tmp_path / "t", jsonl(tmp_path / "t.jsonl"), tokenizer="bpe:301", force=True)
+    with pytest.raises(ValueError, match="made with tokenizer"):
+        make(tmp_path / "y", tmp_path / "a.log", tokenizer=str(tmp_path / "t"))
 
 
 # -----------------------------------------------------------------------------
@@ -469,6 +587,15 @@ def test_the_tokenizer_of_another_dataset(tmp_path):
     assert first.tokenizer == second.tokenizer
 
 
+def test_texts_that_are_hard_on_the_libraries(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [" " * 1_000_000 + "x", "ab" * 200_000])
+    data = make(tmp_path / "x", path, tokenizer="bpe:400")
+    assert "".join(text_of(data)).replace("<|endoftext|>", "") == " " * 1_000_000 + "x" + "ab" * 200_000
+    CharTokenizer("abc\n").save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="cannot spell this text"):
+        make(tmp_path / "y", path, tokenizer=str(tmp_path / "tokenizer.json"))
+
+
 def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path):
     text = "".join(chr(i) for i in range(0x10000, 0x10000 + 70000))
     data = make(tmp_path / "x", jsonl(tmp_path / "a.jsonl", [text]), tokenizer="char")
@@ -487,13 +614,18 @@ def test_a_large_vocabulary_is_written_in_four_bytes(tmp_path):
         ("README.md", "README.md holds no tokenizer"),
         ("x.model", "holds no tokenizer|pip install sentencepiece"),
         ("x/tokenizer.json", "holds no tokenizer"),
+        ("list.json", "list.json holds no tokenizer"),
+        ("deep.json", "deep.json holds no tokenizer"),
+        ("empty.model", "holds no tokenizer|pip install sentencepiece"),
+        ("bpe:99999999", "to 1000000"),
     ],
 )
 def test_names_of_no_tokenizer(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x").mkdir()
-    for path in ("README.md", "x.model", "x/tokenizer.json"):
-        (tmp_path / path).write_text("{}")
+    contents = {"list.json": "[]", "deep.json": "[" * 99999, "empty.model": ""}
+    for path in ("README.md", "x.model", "x/tokenizer.json", *contents):
+        (tmp_path / path).write_text(contents.get(path, "{}"))
     with pytest.raises(ValueError, match=message):
         from_name(name, lambda n: [TEXT])
     with pytest.raises(ValueError, match="it needs one"):
@@ -618,7 +750,9 @@ def test_text_of_ones_own(prepare, tmp_path, monkeypatch):
     assert "say which text" in errors(prepare("text")) and "no such file" in errors(prepare("text", "nowhere.txt"))
     assert "--format takes" in errors(prepare("text", tmp_path / "notes", "--format=doc"))
     assert "between 0 and 1" in errors(prepare("text", tmp_path / "notes", "--val_share=3"))
-    assert prepare("text", "--nonsense").code == 2
+    for name in ("", ".", "..", "../x", "/tmp/x"):
+        assert "--name is that of a folder in data/" in errors(prepare("text", tmp_path / "notes", f"--name={name}"))
+    assert "--nonsense" in errors(prepare("text", "--nonsense")) and "int" in errors(prepare("text", "--workers=x"))
 
 
 def test_standard_input(prepare, tmp_path, monkeypatch):
@@ -628,6 +762,8 @@ def test_standard_input(prepare, tmp_path, monkeypatch):
         result = prepare("text", "-", "--format=jsonl", "--column=body", "--tokenizer=char", "--name=in")
         assert result.code == 0 and expected in result.out
     assert set(files(tmp_path / "data" / "in")) == {"train.bin", "val.bin", "meta.json"}
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input is closed" in errors(prepare("text", "-"))
     text = "".join(text_of(Dataset(str(tmp_path / "data" / "in"))))
     assert sorted(text) == sorted("".join(DOCUMENTS) + "\n" * len(DOCUMENTS))
 

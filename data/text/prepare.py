@@ -16,7 +16,6 @@ Hugging Face Hub. char and bpe:N read all of the text twice. One passage of 4,00
 its text, is for validation, and one row in ten: --val_share.
 """
 
-import hashlib
 import os
 import sys
 
@@ -25,28 +24,9 @@ sys.path.insert(0, os.path.join(here, "..", ".."))
 from data.documents import Files  # noqa: E402
 from data.preparation import CORPUS, prepare_script, write_dataset  # noqa: E402
 
-
-def keep_stdin(folder):
-    """Write standard input into a file, since it may have to be read twice, and again after an interruption. Its name
-    and date depend on nothing but its text, so that the same text is known to be the same. Returns its path."""
-    path, digest = os.path.join(folder, "stdin.txt"), hashlib.sha256()
-    os.makedirs(folder, exist_ok=True)
-    with open(path, "wb") as f:
-        while block := sys.stdin.buffer.read(1 << 20):
-            f.write(block)
-            digest.update(block)
-    os.utime(path, ns=(0, int(digest.hexdigest()[:12], 16) * 1000))
-    return path
-
-
 if __name__ == "__main__":
     with prepare_script(__doc__, *CORPUS, inputs=[], name="text", format="") as args:
-        folder = os.path.join(os.path.dirname(here), args.name)
         if not args.inputs:
             raise ValueError("say which text: python data/text/prepare.py book.txt; --help tells more")
-        inputs = [keep_stdin(folder) if path == "-" else path for path in args.inputs]
-        try:
-            write_dataset(folder, Files({None: inputs}, args), args, source=" ".join(args.inputs))
-        finally:
-            if "-" in args.inputs:
-                os.remove(os.path.join(folder, "stdin.txt"))
+        folder = os.path.join(os.path.dirname(here), args.name)
+        write_dataset(folder, Files({None: args.inputs}, args), args, source=" ".join(args.inputs))
