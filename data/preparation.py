@@ -83,8 +83,7 @@ def prepare_script(doc, *names, **defaults):
         sys.exit(2)
 
     parser.error = complain
-    args = argparse.Namespace(**options)
-    parser.parse_intermixed_args(namespace=args)
+    args = argparse.Namespace(**options | vars(parser.parse_intermixed_args()))
     try:
         if not 0 < args.val_share < 1 or not 0 <= args.max_bad <= 1:
             raise ValueError("--val_share and --max_bad are shares: numbers between 0 and 1")
@@ -144,7 +143,7 @@ def write_dataset(folder, corpus, args, source):
     with locked(folder):
         names = ("tokenizer", "column", "format", "val_share", "num_samples", "shard_tokens")
         recipe = {name: getattr(args, name) for name in names} | {"inputs": corpus.identity}
-        if os.path.exists(args.tokenizer):  # a file or folder, whose content may change
+        if os.path.exists(args.tokenizer) and args.tokenizer != "char":  # a file or folder, whose content may change
             description = json.dumps(from_name(args.tokenizer).description)
             recipe["tokenizer"] += f" ({hashlib.sha256(description.encode()).hexdigest()[:8]})"
         state = begin(folder, recipe, args.force)
@@ -170,7 +169,7 @@ def begin(folder, recipe, force):
     if there is not None and there.get("recipe") != recipe and not force:
         before = there.get("recipe") if isinstance(there.get("recipe"), dict) else {}
         changed = [k for k in recipe if before.get(k) != recipe[k]]
-        changed = ["other or changed input" if k == "inputs" else f"{k} {before.get(k)}" for k in changed]
+        changed = ["other or changed input" if k == "inputs" else f"{k}={before.get(k)!r}" for k in changed]
         kind = "an unfinished dataset" if unfinished else "a dataset"
         how = f"with {'; '.join(changed)}" if before else "in another way"
         raise ValueError(f"{folder} holds {kind} that was made {how}: --force replaces it")
@@ -231,11 +230,12 @@ def read(corpus, args, state):
     says, as many documents as args say."""
     corpus.counts.update(dict.fromkeys(corpus.counts, 0) | state["counts"])
     wanted = args.num_samples - sum(state["documents"].values()) if args.num_samples else float("inf")
-    for part in range(state["part"], len(corpus.parts)):
+    first, skip = state["part"], state["piece"]
+    for part in range(first, len(corpus.parts)):
         before = dict(corpus.counts)
         pieces = enumerate(corpus.pieces(part), 1) if wanted > 0 else ()
         for n, piece in pieces:
-            if part == state["part"] and n <= state["piece"]:
+            if part == first and n <= skip:
                 continue
             yield part, before, n, piece, piece.split or split_of(piece.text, args.val_share)
             corpus.check(final=False)
@@ -283,9 +283,8 @@ def encode(folder, corpus, args, state):
         """(part, counts, n, batch): where to read on behind the batch, a list of (piece, split, whether it is separated
         from what follows: where a document ends, and where its next piece goes into the other split)."""
         batch, size = [], 0
-        for (*position, piece, split), following in itertools.pairwise(
-            itertools.chain(read(corpus, args, state), [None])
-        ):
+        pieces = itertools.chain(read(corpus, args, state), [None])
+        for (*position, piece, split), following in itertools.pairwise(pieces):
             parted = following is not None and piece.split is None and following[-1] != split
             batch.append((piece, split, piece.ends or parted))
             size += len(piece.text)

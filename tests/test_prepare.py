@@ -346,7 +346,7 @@ def test_a_finished_dataset_is_left_alone_and_another_one_is_not_replaced(tmp_pa
     assert set(before) == {"train.bin", "val.bin", "meta.json"}
     make(folder, path)
     assert "is finished" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="made with tokenizer bpe:300: --force replaces it"):
+    with pytest.raises(ValueError, match="made with tokenizer='bpe:300': --force replaces it"):
         make(folder, path, tokenizer="char")
     jsonl(tmp_path / "a.jsonl", DOCUMENTS[1:])
     with pytest.raises(ValueError, match="made with other or changed input: --force replaces it"):
@@ -507,7 +507,7 @@ def test_num_samples_opens_no_more_files_than_it_needs(tmp_path):
 def test_other_settings_are_another_dataset(tmp_path):
     (tmp_path / "a.log").write_text('{"text": "a"}\n' * 9)
     make(tmp_path / "x", tmp_path / "a.log")
-    with pytest.raises(ValueError, match="made with format : --force"):
+    with pytest.raises(ValueError, match="made with format='': --force"):
         make(tmp_path / "x", tmp_path / "a.log", format="jsonl")
     make(tmp_path / "t", jsonl(tmp_path / "t.jsonl"))
     make(tmp_path / "y", tmp_path / "a.log", tokenizer=str(tmp_path / "t"))
@@ -861,7 +861,7 @@ def test_ready_made_tokens_of_fineweb(prepare, tmp_path, monkeypatch):
     data = Dataset(str(failed.folder))
     assert (len(data.split("train")), len(data.split("val")), data.vocab_size) == (1000, 500, 50257)
     assert "is finished" in prepare("fineweb", "--pretokenized", "--files=2").out
-    assert "made with files 2: --force" in errors(prepare("fineweb", "--pretokenized", "--files=3"))
+    assert "made with files=2: --force" in errors(prepare("fineweb", "--pretokenized", "--files=3"))
     fetched.clear()
     assert prepare("fineweb", "--pretokenized", "--files=3", "--force").code == 0
     assert fetched == ["fineweb_train_000003.bin"]
