@@ -14,7 +14,6 @@ The encoders are Rust and C++ that let Python's other threads run, so threads us
 import argparse
 import collections
 import contextlib
-import copy
 import glob
 import hashlib
 import http.client
@@ -276,7 +275,6 @@ def encode(folder, corpus, args, state):
         state = beginning(state["recipe"]) | {"listing": listing}
     state["tokenizer"] = state["tokenizer"] or make_tokenizer(corpus, args).description
     tokenizer = from_description(state["tokenizer"])
-    restart = beginning(state["recipe"]) | {"listing": listing, "tokenizer": state["tokenizer"]}
     separator = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
 
     def batches():
@@ -309,7 +307,7 @@ def encode(folder, corpus, args, state):
     with TokenFiles(folder, tokenizer, args.shard_tokens, state["tokens"]) as files:
         if not files.intact():
             print("the unfinished files are damaged: beginning again")
-            state = copy.deepcopy(restart)
+            state |= beginning(state["recipe"]) | {"tokenizer": state["tokenizer"]}
             files.tokens = state["tokens"]
         saved = save()
         with progress(corpus, args, state, "preparing") as show:
@@ -326,7 +324,6 @@ def encode(folder, corpus, args, state):
             raise ValueError("there is no text in this input")
         if 0 in files.tokens.values():
             print("too few documents for two splits: the last tenth of their tokens is for validation")
-            write_json(os.path.join(folder, PREPARING), restart)  # a kill from here on begins anew
             files.cut()
             state["documents"] = {}
         files.sync()
@@ -403,7 +400,8 @@ class TokenFiles:
                 self.open.pop(split).close()
 
     def cut(self):
-        """Make two splits, nine to one, of the tokens of one: a hash sends few documents all into the same."""
+        """Make two splits, nine to one, of the tokens of one: a hash sends few documents all into the same. After a
+        kill in the middle the files are either still as they were, or not intact."""
         self.close()
         for name in self.sizes():
             os.replace(self.path(name), self.path(name.replace("val", "train")))
