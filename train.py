@@ -13,7 +13,8 @@ and exits; a second one exits at once. --init_from=resume carries on, and gives 
 would have given.
 
 Exit codes: 0 done, 1 the last checkpoint could not be written, 2 wrong usage, 3 the run diverged, 129, 130 and 143
-stopped by SIGHUP, SIGINT and SIGTERM.
+stopped by SIGHUP, SIGINT and SIGTERM. out_dir/exit_code says so too, since torchrun exits with 1 for all but 0; a run
+that was killed leaves none.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import can_compile, check, configure, fail, pick_device, usage_errors
-from data.shards import Dataset, eval_windows, train_windows
+from data.shards import Dataset, FolderLock, eval_windows, train_windows
 from data.tokenizer import from_description, from_hub, same_tokens
 from model import (
     BEST,
@@ -102,6 +103,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16 (with loss scaling)
 compile = True  # torch.compile the model: half a minute once, faster steps after
 backend = "auto"  # of torch.distributed: auto, nccl, gloo
+timeout = 600  # seconds that processes wait for one that does not answer
 seed = 1337  # of the weights, the order of the data and dropout
 deterministic = False  # on GPUs: only algorithms that repeat bit for bit, slower; CPUs always do
 # -----------------------------------------------------------------------------
@@ -166,7 +168,35 @@ if ddp:
     nccl = device_type == "cuda" and dist.is_nccl_available()
     backend = ("nccl" if nccl else "gloo") if backend == "auto" else backend
     with usage_errors():
-        dist.init_process_group(backend, device_id=torch.device(device) if backend == "nccl" else None)
+        patience = datetime.timedelta(seconds=timeout)
+        # torchrun keeps one store for all starts, and a process that is started again must not find the addresses of
+        # before in it. Nodes may count starts differently: there the variable makes torchrun open new stores instead
+        starts, alone = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("GROUP_WORLD_SIZE") == "1"
+        renewed = os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
+        if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not alone and not renewed:
+            fail("--max-restarts on several nodes wants TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on each")
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
+        store = dist.PrefixStore(f"start {starts}", store) if alone else store
+        here = torch.device(device) if backend == "nccl" else None
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=patience, device_id=here
+        )
+    last_words = sys.excepthook
+
+    def name_the_missing(kind, error, trace):
+        """Where one process hangs or is gone the others fail, all at once: they say which it is."""
+        missing = []
+        if issubclass(kind, RuntimeError):
+            with contextlib.suppress(RuntimeError):  # the store may be gone as well
+                store.set(f"failed {rank}", "")
+                time.sleep(3)
+                missing = [str(r) for r in range(world_size) if not store.check([f"failed {r}"])]
+        if missing:
+            print(f"error: process {', '.join(missing)} of {world_size} hangs or is gone", file=sys.stderr)
+        else:
+            last_words(kind, error, trace)
+
+    sys.excepthook = name_the_missing
 if deterministic:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -264,13 +294,18 @@ if ddp:
     model = DDP(model, device_ids=[torch.device(device).index] if device_type == "cuda" else None)
 autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32")
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-damaged = False  # whether this process met token ids past the vocabulary
+damaged = False  # whether this process met data that cannot be trained on
+asked = 0  # the signal that asked this process to stop
 
 
 def get_batch(split, starts):
     """Inputs and targets, the tokens one further on, of the windows that begin at starts: two (B, T) on the device."""
     global damaged
-    xy = torch.from_numpy(tokens[split].windows(starts, block_size + 1))
+    try:
+        xy = torch.from_numpy(tokens[split].windows(starts, block_size + 1))
+    except (OSError, ValueError) as e:  # a disk that is gone, a file that has become shorter
+        print(f"error: {data.folder}, {split}: cannot be read any more ({e})", file=sys.stderr)
+        damaged, xy = True, torch.zeros(len(starts), block_size + 1, dtype=torch.int64)
     if xy.max() >= raw_model.config.vocab_size:
         # the step goes on with other ids, so that no process waits in vain for this one; then all of them stop
         row = int((xy >= raw_model.config.vocab_size).any(dim=1).nonzero()[0])
@@ -289,27 +324,32 @@ def get_batch(split, starts):
 def estimate_loss():
     """Evaluate on eval_iters * batch_size windows of each split (all, where there are fewer) that are spread evenly and
     are the same each time. Returns a record for log(): mean losses in nats per token; of val also the perplexity, and
-    the bits per byte of its text, None where the tokenizer is not at hand."""
+    the bits per byte of its text, None where the tokenizer is not at hand. None instead if it is asked to stop."""
     raw_model.eval()
     record = {"iter": iter_num}
     for split, stream in tokens.items():
         starts = eval_windows(len(stream), block_size, eval_iters * batch_size)
-        sums = torch.zeros(3, dtype=torch.float64)  # of losses, tokens, bytes
+        sums = torch.zeros(4, dtype=torch.float64)  # of losses, tokens, bytes, processes that are asked to stop
         for i in range(rank * batch_size, len(starts), world_size * batch_size):
+            if asked:
+                break
             X, Y = get_batch(split, starts[i : i + batch_size])
             with autocast:
                 _, loss = raw_model(X, Y)
-            sums += torch.tensor([loss.item() * Y.numel(), Y.numel(), byte_lengths[Y.cpu()].sum().item()])
+            sums[:3] += torch.tensor([loss.item() * Y.numel(), Y.numel(), byte_lengths[Y.cpu()].sum().item()])
+        sums[3] = asked
         if ddp:  # each process had its share
             sums = sums.to(device)
             dist.all_reduce(sums)
-        total, count, n_bytes = sums.tolist()
+        total, count, n_bytes, stopping = sums.tolist()
+        if stopping:
+            break
         record[f"{split}/loss"] = total / count
         if split == "val":
             record["val/perplexity"] = math.exp(min(total / count, 700))
             record["val/bits_per_byte"] = total / math.log(2) / n_bytes if n_bytes else None
     raw_model.train()
-    return record
+    return None if stopping else record
 
 
 def get_lr(it):
@@ -396,6 +436,9 @@ if master and not eval_only:
             fail(f"wandb: {e} (type wandb login, or --wandb_log=False, or set WANDB_MODE=offline)")
     with usage_errors():
         os.makedirs(out_dir, exist_ok=True)
+        lock = FolderLock(out_dir)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(out_dir, "exit_code"))
         if resuming:
             if checkpoint_name != LATEST and os.path.exists(os.path.join(out_dir, LATEST)):  # it is damaged
                 os.replace(os.path.join(out_dir, LATEST), os.path.join(out_dir, LATEST + ".damaged"))
@@ -417,17 +460,16 @@ if master and not eval_only:
             os.remove(metrics_path)
         open(metrics_path, "a").close()  # better to know now that a folder cannot be written to
 
-asked = 0  # the signal that asked this process to stop
-
 
 def on_signal(number, _):
     global asked
-    if asked:
+    if asked and not ddp:  # torchrun repeats signals, and kills what does not end in its --shutdown-timeout
         os._exit(128 + number)
-    asked = number
+    asked = asked or number
     if master:
         with contextlib.suppress(OSError):  # a handler can come in the middle of a print, so it does not print itself
-            os.write(2, b"\nfinishing the step, then saving; once more exits at once\n")
+            once_more = b"" if ddp else b"; once more exits at once"
+            os.write(2, b"\nfinishing the step, then saving" + once_more + b"\n")
 
 
 if not eval_only:
@@ -461,6 +503,9 @@ while True:
         break
     if evaluating:
         record = estimate_loss()
+        if record is None:  # the resumed run evaluates anew
+            stop = True
+            continue
         log(record)
         bits = record["val/bits_per_byte"]
         say(
@@ -556,6 +601,10 @@ elif stop:
     say(f"stopped at step {iter_num}; to carry on: python train.py --init_from=resume --out_dir={out_dir}")
 elif exit_code == 0 and iter_num > 0 and not eval_only:
     say(f"done: {iter_num} steps, best validation loss {best_val_loss:.4f}; python sample.py --out_dir={out_dir}")
+if master and not eval_only:
+    with contextlib.suppress(OSError), open(os.path.join(out_dir, "exit_code"), "w") as f:
+        f.write(f"{exit_code}\n")
+    lock.release()
 if ddp:
     dist.barrier()  # a process that leaves while another still saves can bring it down
     dist.destroy_process_group()

@@ -30,7 +30,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.documents import PIECE, passages
-from data.shards import PREPARING, Dataset, Tokens, read_json
+from data.shards import PREPARING, Dataset, FolderLock, Tokens, read_json
 from data.tokenizer import from_description, from_name
 
 # -----------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def write_dataset(folder, corpus, args, source):
     holds something else and args.force is not set; OSError when files cannot be written.
     """
     os.makedirs(folder, exist_ok=True)
-    with locked(folder):
+    with FolderLock(folder):
         names = ("tokenizer", "column", "format", "val_share", "num_samples", "shard_tokens")
         recipe = {name: getattr(args, name) for name in names} | {"inputs": corpus.identity}
         if os.path.exists(args.tokenizer) and args.tokenizer != "char":  # a file or folder, whose content may change
@@ -469,24 +469,3 @@ def write_json(path, content):
         f.flush()
         os.fsync(f.fileno())
     os.replace(path + ".tmp", path)
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Keep a second process out of a folder, where the system knows how. ValueError if there is another one in it."""
-    handle = None
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(f"another process is preparing {folder}") from None
-    except (ImportError, OSError):  # Windows, and file systems without locks
-        pass
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)

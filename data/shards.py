@@ -110,6 +110,33 @@ class Dataset:
         return dtype, offset, count
 
 
+class FolderLock:
+    """Keeps a second process from writing into a folder, where the system can: until the block, the object or the
+    process ends. ValueError if there is another one."""
+
+    def __init__(self, folder):
+        self.handle = None
+        try:
+            import fcntl
+
+            self.handle = os.open(folder, os.O_RDONLY)
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is writing into {folder}") from None
+        except (ImportError, OSError):  # Windows, and file systems without locks
+            pass
+
+    def release(self, *_):
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            os.close(handle)
+
+    def __enter__(self):
+        return self
+
+    __exit__ = __del__ = release
+
+
 def read_json(path):
     """What a JSON file holds, or None if it is not there or holds no object."""
     try:

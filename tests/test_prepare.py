@@ -20,7 +20,7 @@ from conftest import ROOT, TEXT, options
 from data import documents, preparation
 from data.documents import Files, Piece, Texts
 from data.preparation import fraction, write_dataset
-from data.shards import Dataset
+from data.shards import Dataset, FolderLock
 from data.tokenizer import BytePairTokenizer, CharTokenizer, from_description, from_name
 
 DOCUMENTS = [f"{i} {word}\nÜber {TEXT * (i % 7)}" for i, word in enumerate("a bc déf\r\n 日本 🙂 six".split(" ") * 40)]
@@ -481,8 +481,8 @@ def test_two_processes_do_not_prepare_one_folder(tmp_path):
     pytest.importorskip("fcntl")
     (tmp_path / "x").mkdir()
     with (
-        preparation.locked(str(tmp_path / "x")),
-        pytest.raises(ValueError, match="another process is preparing"),
+        FolderLock(str(tmp_path / "x")),
+        pytest.raises(ValueError, match="another process is writing into"),
     ):
         make(tmp_path / "x", jsonl(tmp_path / "a.jsonl"))
 

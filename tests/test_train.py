@@ -17,7 +17,8 @@ import pytest
 import torch
 from conftest import ROOT
 
-from model import BEST, LATEST, PREVIOUS, load_checkpoint, load_optimizer, read_checkpoint, save_checkpoint
+from data.shards import FolderLock, Tokens
+from model import BEST, GPT, LATEST, PREVIOUS, load_checkpoint, load_optimizer, read_checkpoint, save_checkpoint
 
 
 def tensors(x, prefix=""):
@@ -691,6 +692,95 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(tiny_run, start_pro
     out, _ = process.communicate(timeout=60)
     step = int(re.search(r"stopped at step (\d+)", out)[1])
     assert read_checkpoint(tiny_run.out / LATEST)["iter_num"] == step and "exitcode  : 143" in out
+
+
+@pytest.fixture
+def torchrun(start_process):
+    """torchrun(script, *flags, n=2, restarts=0, env={...}) starts processes of it that share the machine."""
+
+    def start(*args, n=2, restarts=0, env=None, **options):
+        run = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", f"--max-restarts={restarts}")
+        return start_process(*run, *args, env={"OMP_NUM_THREADS": "1", **(env or {})}, **options)
+
+    return start
+
+
+def test_a_process_killed_wherever_it_is_and_started_again_ends_with_the_same_weights(torchrun, tiny_run, tmp_path):
+    flags = [*tiny_run.flags, "--eval_interval=6", "--save_interval=2"]
+    whole = torchrun("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
+    _, err = whole.communicate(timeout=120)
+    assert whole.returncode == 0, err
+    faults = {"FAULTS": "forward,backward,save,evaluate"}
+    job = torchrun("tests/faulty_train.py", *flags, "--init_from=auto", restarts=4, env=faults)
+    _, err = job.communicate(timeout=240)
+    assert job.returncode == 0, err
+    assert re.findall(r"fault: (\w+)", err) == faults["FAULTS"].split(",")
+    assert_same_state(read_checkpoint(tmp_path / "whole" / LATEST), read_checkpoint(tiny_run.out / LATEST))
+    assert (tiny_run.out / "exit_code").read_text() == "0\n"
+
+
+def test_a_nan_in_one_process_stops_all_before_the_weights_are_touched(torchrun, tiny_run):
+    job = torchrun("tests/faulty_train.py", *tiny_run.flags, "--save_interval=1", env={"FAULTS": "nan"})
+    out, err = job.communicate(timeout=120)
+    step = int(re.search(r"step (\d+): loss nan.*stopped before the weights were touched", out)[1])
+    assert read_checkpoint(tiny_run.out / LATEST)["iter_num"] == step and job.returncode == 1, err
+    assert (tiny_run.out / "exit_code").read_text() == "3\n"
+
+
+def test_a_process_that_hangs_is_named(torchrun, tiny_run):
+    job = torchrun("tests/faulty_train.py", *tiny_run.flags, "--timeout=5", env={"FAULTS": "hang"})
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 1 and "error: process 1 of 2 hangs or is gone" in err, err
+    assert not (tiny_run.out / "exit_code").exists()
+
+
+def test_torchrun_asked_to_stop_saves_and_says_so_in_a_file(torchrun, tiny_run, tmp_path):
+    job = torchrun("train.py", *tiny_run.flags, "--max_iters=1000000", "--eval_interval=1000000")
+    wait_for_line(job, r"^iter 3:")
+    job.send_signal(signal.SIGTERM)
+    out, err = job.communicate(timeout=60)
+    step = int(re.search(r"stopped at step (\d+)", out)[1])
+    assert read_checkpoint(tiny_run.out / LATEST)["iter_num"] == step, err
+    assert (tiny_run.out / "exit_code").read_text() == "143\n"
+
+
+def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(train, tiny_run, monkeypatch):
+    forward, evaluated = GPT.forward, []
+
+    def signalled(self, *args):
+        if not self.training:
+            evaluated.append(len(evaluated))
+            if len(evaluated) == 60:  # of 69 a time: in the first evaluation
+                os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args)
+
+    monkeypatch.setattr(GPT, "forward", signalled)
+    train(tiny_run.flags, "--eval_iters=60", code=143)
+    assert len(evaluated) == 60
+
+
+def test_a_second_run_into_the_same_folder_is_refused(train, tiny_run):
+    pytest.importorskip("fcntl")
+    tiny_run.out.mkdir()
+    with FolderLock(str(tiny_run.out)):
+        assert "another process is writing into" in train(tiny_run.flags, code=2).err
+    train(tiny_run.flags, "--max_iters=1")
+
+
+def test_data_that_is_gone_in_mid_run_stops_it_with_what_was_trained_saved(
+    train, tiny_run, tiny, tmp_path, monkeypatch
+):
+    real, calls = Tokens.windows, iter(range(10**6))
+
+    def windows(self, starts, length):
+        if next(calls) > 30:
+            raise OSError(5, "Input/output error")
+        return real(self, starts, length)
+
+    monkeypatch.setattr(Tokens, "windows", windows)
+    result = train(tiny_run.flags, "--eval_interval=100", code=2)
+    step = int(re.search(r"stopped at step (\d+)", result.out)[1])
+    assert "cannot be read any more" in result.err and read_checkpoint(tiny_run.out / LATEST)["iter_num"] == step > 5
 
 
 def test_compiled_training_gives_the_same_losses(train, tiny_run, finished, tmp_path):

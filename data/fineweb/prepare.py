@@ -22,17 +22,8 @@ from tqdm import tqdm
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, "..", ".."))
 from data.documents import Files  # noqa: E402
-from data.preparation import (  # noqa: E402
-    CORPUS,
-    begin,
-    locked,
-    prepare_script,
-    replace,
-    sha256_of,
-    write_dataset,
-    write_json,
-)  # fmt: skip
-from data.shards import PREPARING  # noqa: E402
+from data.preparation import CORPUS, begin, prepare_script, replace, sha256_of, write_dataset, write_json  # noqa: E402  # noqa: E402
+from data.shards import PREPARING, FolderLock  # noqa: E402
 
 HUB = "hf://datasets/HuggingFaceFW/fineweb/sample/10BT/*.parquet"
 READY = "kjj0/fineweb10B-gpt2"
@@ -43,7 +34,7 @@ def fetch_tokens(count, force):
     from huggingface_hub import hf_hub_download
 
     names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1))]
-    with locked(here):
+    with FolderLock(here):
         state = begin(here, {"repository": READY, "files": count}, force)
         if state is None:
             return

@@ -1,0 +1,57 @@
+"""
+train.py with a fault in it. FAULTS=forward,backward,save,evaluate,nan,hang names those of the first, second ... start
+by torchrun. All but that of saving are in process 1.
+"""
+
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from model import GPT  # noqa: E402
+
+faults = os.environ["FAULTS"].split(",")
+start, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
+fault = faults[start] if start < len(faults) else ""
+calls = {True: 0, False: 0}  # of the model: training, evaluating
+forward, save = GPT.forward, torch.save
+
+
+def die(*_):
+    os.write(2, f"fault: {fault}\n".encode())
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def faulty_forward(self, *args, **options):
+    calls[self.training] += 1
+    here = rank == "1" and calls[True] == 8
+    if fault == "evaluate" and rank == "1" and not self.training and calls[True] > 4 or fault == "forward" and here:
+        die()
+    if fault == "hang" and here:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10**6)
+    logits, loss = forward(self, *args, **options)
+    if fault == "nan" and here:
+        loss = loss * float("nan")
+    if fault == "backward" and here:
+        loss.register_hook(die)
+    return logits, loss
+
+
+def faulty_save(state, f):
+    if fault == "save" and state["iter_num"] > 3:
+        f.write(b"half")
+        f.flush()
+        die()
+    save(state, f)
+
+
+GPT.forward, torch.save = faulty_forward, faulty_save
+sys.argv[0] = "train.py"
+runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
