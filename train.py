@@ -178,9 +178,13 @@ if ddp:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=patience))
         store = dist.PrefixStore(f"start {starts}", store) if alone else store
         here = torch.device(device) if backend == "nccl" else None
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=patience, device_id=here
-        )
+        try:
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world_size, timeout=patience, device_id=here
+            )
+        except RuntimeError as e:
+            reason = str(e).split("\n")[0]
+            fail(f"the processes do not reach each other ({reason}): name the network interface, as README.md does")
     last_words = sys.excepthook
 
     def name_the_missing(kind, error, trace):
