@@ -10,10 +10,8 @@ instead (https://info.arxiv.org/help/api), 1,000 papers without --num_samples, a
 to go on from there the next time. Line breaks become spaces. One abstract in 100 is for validation.
 """
 
-import hashlib
 import json
 import os
-import re
 import sys
 import time
 import urllib.parse
@@ -45,11 +43,11 @@ def ask(query, start, count):
         except (OSError, ElementTree.ParseError) as e:
             failure = e
             continue
-        names, entries = ("id", "title", "summary"), feed.iter(ATOM + "entry")
-        papers = [{name: entry.findtext(ATOM + name, "") for name in names} for entry in entries]
+        entries, total = feed.findall(ATOM + "entry"), int(feed.findtext(SEARCH + "totalResults", "0"))
+        parts = {"id": "id", "title": "title", "abstract": "summary"}
+        papers = [{ours: entry.findtext(ATOM + theirs, "") for ours, theirs in parts.items()} for entry in entries]
         if papers and "/api/errors" in papers[0]["id"]:
-            raise ValueError(f"arXiv does not understand --query={query}: {papers[0]['summary']}")
-        total = int(feed.findtext(SEARCH + "totalResults", "0"))
+            raise ValueError(f"arXiv does not understand --query={query}: {papers[0]['abstract']}")
         if papers or total <= start:
             return total, papers
         failure = "it answers with nothing"
@@ -58,22 +56,20 @@ def ask(query, start, count):
 
 def fetch(query, count):
     """The path of a .jsonl file with the first `count` abstracts for a query, or all if there are fewer."""
-    name = f"{re.sub('[^A-Za-z0-9]+', '-', query)}-{hashlib.sha256(query.encode()).hexdigest()[:6]}"
-    path = os.path.join(here, f"arxiv-{name}.jsonl")
+    path = os.path.join(here, f"arxiv-{urllib.parse.quote(query, safe='')}.jsonl")
     with open(path, "ab+") as f, tqdm(total=count, desc="asking arXiv", unit=" papers") as bar:
         f.seek(0)
         lines = [line for line in f if line.endswith(b"\n")]  # an interruption may have left half a one
         if sum(map(len, lines)) < os.path.getsize(path):
             f.truncate(sum(map(len, lines)))
         n, total = len(lines), count
+        bar.update(n)
         while n < min(count, total):
-            bar.update(n - bar.n)
             total, papers = ask(query, n, min(PAGE, count - n))
-            for paper in papers:
-                f.write(json.dumps(paper | {"abstract": paper.pop("summary")}).encode() + b"\n")
+            f.writelines(json.dumps(paper).encode() + b"\n" for paper in papers)
             f.flush()
             n += len(papers)
-        bar.update(n - bar.n)
+            bar.update(len(papers))
     return path
 
 
@@ -83,7 +79,7 @@ if __name__ == "__main__":
         if args.source not in ("hub", "arxiv"):
             raise ValueError(f"--source takes hub or arxiv, not {args.source}")
         source = args.input or HUB
-        if args.source == "arxiv":
+        if args.source == "arxiv" and not args.input:
             args.num_samples = args.num_samples or 1000
             source = fetch(args.query, args.num_samples)
         corpus = Files({None: [source]}, args, edit=lambda text: " ".join(text.split()))
