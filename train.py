@@ -23,6 +23,7 @@ import datetime
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -127,7 +128,8 @@ if checkpoint and (resuming or eval_only):
     config.update({k: check(k, v, config[k], checkpoint_name) for k, v in before.items() if k not in today})
     globals().update(config, init_from=init_from)
 
-for name in ("eval_interval", "eval_iters", "log_interval", "batch_size", "block_size", "gradient_accumulation_steps"):
+positive = ("eval_interval", "eval_iters", "log_interval", "batch_size", "block_size", "timeout")
+for name in (*positive, "gradient_accumulation_steps"):
     if config[name] < 1:
         fail(f"{name} must be at least 1, not {config[name]}")
 if batch_size * (block_size + 1) >= 2**31:
@@ -190,7 +192,7 @@ if ddp:
     def name_the_missing(kind, error, trace):
         """Where one process hangs or is gone the others fail, all at once: they say which it is."""
         missing = []
-        if issubclass(kind, RuntimeError):
+        if issubclass(kind, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE):  # not its own mistake
             with contextlib.suppress(RuntimeError):  # the store may be gone as well
                 store.set(f"failed {rank}", "")
                 time.sleep(3)
@@ -602,7 +604,8 @@ elif damaged:
     say(f"stopped at step {iter_num}: prepare the dataset again, then --init_from=resume --out_dir={out_dir}")
 elif stop:
     exit_code = 128 + (asked or signal.SIGTERM)  # where another process was asked, this one goes along
-    say(f"stopped at step {iter_num}; to carry on: python train.py --init_from=resume --out_dir={out_dir}")
+    carry_on = f"; to carry on: python train.py --init_from=resume --out_dir={out_dir}" if saved_iter else ""
+    say(f"stopped at step {iter_num}{carry_on}")
 elif exit_code == 0 and iter_num > 0 and not eval_only:
     say(f"done: {iter_num} steps, best validation loss {best_val_loss:.4f}; python sample.py --out_dir={out_dir}")
 if master and not eval_only:

@@ -755,8 +755,8 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(train, tiny_run, mo
         return forward(self, *args)
 
     monkeypatch.setattr(GPT, "forward", signalled)
-    train(tiny_run.flags, "--eval_iters=60", code=143)
-    assert len(evaluated) == 60
+    result = train(tiny_run.flags, "--eval_iters=60", code=143)
+    assert len(evaluated) == 60 and result.out.splitlines()[-1] == "stopped at step 0"  # with nothing to resume
 
 
 def test_a_second_run_into_the_same_folder_is_refused(train, tiny_run):
