@@ -155,8 +155,16 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm that takes its input in another dtype than its weights (FSDP gathers those in bfloat16)."""
+
+    def forward(self, x):
+        gain, bias = (None if p is None else p.to(x.dtype) for p in (self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, gain, bias, self.eps)
+
+
 NORMS = {
-    "layernorm": lambda size, config: nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias),
+    "layernorm": lambda size, config: LayerNorm(size, eps=config.norm_eps, bias=config.bias),
     "rmsnorm": lambda size, config: RMSNorm(size, config.norm_eps),
 }
 
@@ -455,7 +463,9 @@ class GPT(nn.Module):
             lines = [f"{k} {shapes.get(k, 'missing')} instead of {expected.get(k, 'nothing')}" for k in wrong]
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             raise ValueError("weights do not fit the model: " + "; ".join(lines[:4]) + more)
-        model.load_state_dict({k: v.float().contiguous() for k, v in weights.items()}, assign=True)
+        # copies: the tensors of a checkpoint may still lie in its file
+        weights = {k: torch.empty(v.shape).copy_(v) for k, v in weights.items()}
+        model.load_state_dict(weights, assign=True)
         model.tie()
         return model
 
@@ -560,6 +570,20 @@ class GPT(nn.Module):
         return peak and self.flops_per_token(T) * T * fwdbwd_per_iter / dt / peak
 
 
+def like(place, tensor):
+    """A copy of tensor that lies as the parameter place does, in whose shape it is: where FSDP has sharded that, only
+    this process's rows."""
+    copy = torch.empty_like(place)
+    if not hasattr(place, "device_mesh"):
+        return copy.copy_(tensor)
+    share = math.ceil(place.size(0) / place.device_mesh.size())
+    copy.to_local().copy_(tensor[place.device_mesh.get_rank() * share :][:share])
+    return copy
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
+
+
 def load_optimizer(optimizer, saved):
     """Give the optimizer the state of a checkpoint, while learning rate, decay and betas stay its own. ValueError if
     the state is of another model: fused kernels would read and write past the end of tensors of another shape."""
@@ -570,12 +594,12 @@ def load_optimizer(optimizer, saved):
         fits = fits and set(saved["state"]) in (set(), set(range(len(params))))
         for i, state in saved["state"].items():
             fits = fits and torch.as_tensor(state["step"]).dim() == 0
-            for moment in (state["exp_avg"], state["exp_avg_sq"]):
+            for moment in (state[name] for name in MOMENTS):
                 fits = fits and is_plain(moment) and moment.shape == params[i].shape
         if fits:
             state = {
-                i: {k: v.contiguous() if torch.is_tensor(v) else v for k, v in state.items()}
-                for i, state in saved["state"].items()
+                i: {"step": torch.tensor(float(s["step"])), **{k: like(params[i], s[k]) for k in MOMENTS}}
+                for i, s in saved["state"].items()
             }
             return optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
@@ -786,17 +810,18 @@ def save_checkpoint(checkpoint, folder, name=LATEST, keep_previous=True):
         os.close(fd)
 
 
-def read_checkpoint(path):
-    """The dict in a checkpoint file, tensors on the CPU. Nothing in the file is executed.
+def read_checkpoint(path, mmap=False):
+    """The dict in a checkpoint file, tensors on the CPU; with mmap they are read from the file when they are used,
+    which several processes do in the memory of one. Nothing in the file is executed.
 
     OSError when it is not there, ValueError when it is damaged or is no checkpoint.
     """
     with open(path, "rb") as f:
         try:
-            if zipfile.is_zipfile(f) and (part := zipfile.ZipFile(f).testzip()):  # torch.load skips the checksums
+            in_parts = zipfile.is_zipfile(f)  # files from before PyTorch 1.6 are read as a whole
+            if in_parts and (part := zipfile.ZipFile(f).testzip()):  # torch.load skips the checksums
                 raise ValueError(f"the checksum of {part} is wrong")
-            f.seek(0)
-            checkpoint = torch.load(f, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and in_parts)
             check_checkpoint(checkpoint)
             return checkpoint
         except Exception as e:  # what a damaged file raises depends on where it is damaged
@@ -829,19 +854,19 @@ def find_checkpoint(init_from, names, out_dir):
     `names` in it; a file is read. What from_pretrained takes, a folder with a config.json or a name on the Hub, has
     none: (None, None). OSError and ValueError as below."""
     if init_from == "resume":
-        return load_checkpoint(out_dir, names)
+        return load_checkpoint(out_dir, names, mmap=True)
     if os.path.exists(os.path.join(init_from, "config.json")):
         return None, None
     if os.path.isdir(init_from):
-        return load_checkpoint(init_from, names)
+        return load_checkpoint(init_from, names, mmap=True)
     if os.path.exists(init_from) or init_from.endswith(".pt"):
-        return read_checkpoint(init_from), init_from
+        return read_checkpoint(init_from, mmap=True), init_from
     if re.fullmatch(r"gpt2(-medium|-large|-xl)?|[\w.-]+/[\w.-]+", init_from):
         return None, None
     raise ValueError(f"init_from takes resume, a checkpoint, a folder or a name on the Hub as gpt2, not {init_from!r}")
 
 
-def load_checkpoint(folder, names=(LATEST, PREVIOUS)):
+def load_checkpoint(folder, names=(LATEST, PREVIOUS), mmap=False):
     """The first readable checkpoint of these names in a folder, and its name. Damaged ones are reported on stderr.
 
     FileNotFoundError when there is none at all, ValueError when all are damaged.
@@ -852,7 +877,7 @@ def load_checkpoint(folder, names=(LATEST, PREVIOUS)):
     damaged = []
     for name in found:
         try:
-            checkpoint = read_checkpoint(os.path.join(folder, name))
+            checkpoint = read_checkpoint(os.path.join(folder, name), mmap)
         except ValueError as e:
             damaged.append(str(e))
             continue

@@ -6,6 +6,7 @@ GPT-2 of 124M parameters on OpenWebText.
     python train.py config/train_shakespeare_char.py --batch_size=32       any setting below can be overridden
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py                  8 GPUs of one machine
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP --master_port=1234 train.py ...   two nodes
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py --fsdp        a model too large for one GPU
 
 out_dir then holds ckpt.pt (the latest state, to resume from), ckpt_prev.pt (the one before it), ckpt_best.pt (the
 weights with the lowest validation loss, to sample from) and metrics.jsonl. Ctrl-C or SIGTERM finishes the step, saves
@@ -104,6 +105,7 @@ device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16 (with loss scaling)
 compile = True  # torch.compile the model: half a minute once, faster steps after
 backend = "auto"  # of torch.distributed: auto, nccl, gloo
+fsdp = False  # share weights, gradients and optimizer out among the processes of torchrun: for models too large for one
 timeout = 600  # seconds that processes wait for one that does not answer
 seed = 1337  # of the weights, the order of the data and dropout
 deterministic = False  # on GPUs: only algorithms that repeat bit for bit, slower; CPUs always do
@@ -166,6 +168,11 @@ if gradient_accumulation_steps % world_size:
         f"gradient_accumulation_steps={gradient_accumulation_steps} is no multiple of the {world_size} processes: "
         f"try --gradient_accumulation_steps={math.ceil(gradient_accumulation_steps / world_size) * world_size}"
     )
+sharded = fsdp and ddp  # a process alone has it all
+if sharded and dtype == "float16":
+    fail("fsdp computes in bfloat16 or float32, not float16: try --dtype=float32")
+if sharded and device_type == "mps":
+    fail("fsdp wants GPUs of CUDA or CPUs: try --device=cpu")
 if ddp:
     nccl = device_type == "cuda" and dist.is_nccl_available()
     backend = ("nccl" if nccl else "gloo") if backend == "auto" else backend
@@ -262,7 +269,17 @@ with usage_errors():
             + (f"python sample.py --init_from={init_from} --export=out-hub and then " if checkpoint else "")
             + f"python data/text/prepare.py ... --tokenizer={'out-hub' if checkpoint else init_from}"
         )
-    model.to(device)
+    if sharded:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        mesh = dist.init_device_mesh(device_type, (world_size,))
+        # a block's weights are gathered in the dtype that they are multiplied in; embeddings and the sums in float32
+        policy = MixedPrecisionPolicy(ptdtype, torch.float32, cast_forward_inputs=False)
+        for block in model.transformer.h:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh)  # the rest
+    else:
+        model.to(device)
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
 
 byte_lengths = torch.zeros(model.config.vocab_size, dtype=torch.int64)  # of the text that each token stands for
@@ -295,8 +312,12 @@ checkpoint = None  # its memory is needed
 model.gradient_checkpointing = gradient_checkpointing
 raw_model = model
 if compile and can_compile(device):
-    model.compile(dynamic=False)  # a short last batch of an evaluation gets a graph of its own
-if ddp:
+    if sharded:  # between blocks the weights are gathered, so each is compiled for itself
+        for block in model.transformer.h:
+            block.forward = torch.compile(block.forward, dynamic=False)
+    else:
+        model.compile(dynamic=False)  # a short last batch of an evaluation gets a graph of its own
+if ddp and not sharded:
     model = DDP(model, device_ids=[torch.device(device).index] if device_type == "cuda" else None)
 autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32")
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
@@ -326,6 +347,15 @@ def get_batch(split, starts):
     return xy[:, :-1], xy[:, 1:]
 
 
+def any_process(flag):
+    """Whether the flag is set in any process. All must ask."""
+    if not ddp:
+        return bool(flag)
+    flags = torch.tensor(float(bool(flag)), device=device)
+    dist.all_reduce(flags)
+    return flags.item() > 0
+
+
 @torch.no_grad()
 def estimate_loss():
     """Evaluate on eval_iters * batch_size windows of each split (all, where there are fewer) that are spread evenly and
@@ -335,27 +365,27 @@ def estimate_loss():
     record = {"iter": iter_num}
     for split, stream in tokens.items():
         starts = eval_windows(len(stream), block_size, eval_iters * batch_size)
-        sums = torch.zeros(4, dtype=torch.float64)  # of losses, tokens, bytes, processes that are asked to stop
-        for i in range(rank * batch_size, len(starts), world_size * batch_size):
-            if asked:
-                break
-            X, Y = get_batch(split, starts[i : i + batch_size])
+        sums = torch.zeros(3, dtype=torch.float64)  # of losses, tokens, bytes
+        for i in range(0, len(starts), world_size * batch_size):
+            if any_process(asked):
+                raw_model.train()
+                return None
+            mine = starts[i + rank * batch_size :][:batch_size]
+            X, Y = get_batch(split, mine if len(mine) else starts[:1])  # sharded weights want all processes to be there
             with autocast:
                 _, loss = raw_model(X, Y)
-            sums[:3] += torch.tensor([loss.item() * Y.numel(), Y.numel(), byte_lengths[Y.cpu()].sum().item()])
-        sums[3] = asked
+            if len(mine):
+                sums += torch.tensor([loss.item() * Y.numel(), Y.numel(), byte_lengths[Y.cpu()].sum().item()])
         if ddp:  # each process had its share
             sums = sums.to(device)
             dist.all_reduce(sums)
-        total, count, n_bytes, stopping = sums.tolist()
-        if stopping:
-            break
+        total, count, n_bytes = sums.tolist()
         record[f"{split}/loss"] = total / count
         if split == "val":
             record["val/perplexity"] = math.exp(min(total / count, 700))
             record["val/bits_per_byte"] = total / math.log(2) / n_bytes if n_bytes else None
     raw_model.train()
-    return None if stopping else record
+    return record
 
 
 def get_lr(it):
@@ -383,12 +413,32 @@ def get_lr(it):
 metrics_path = os.path.join(out_dir, "metrics.jsonl")
 
 
+def whole(state, seen):
+    """A state_dict with its sharded tensors whole, in the main process: on the CPU, one that stands there twice (tied
+    weights) once. All processes must take part, each with the same dict."""
+    if isinstance(state, dict):
+        return {key: whole(value, seen) for key, value in state.items()}
+    if not hasattr(state, "full_tensor"):
+        return state
+    if id(state) not in seen:
+        full = state.detach().full_tensor()
+        seen[id(state)] = full.to("cpu", copy=True) if master else None  # the padding of uneven shares stays behind
+    return seen[id(state)]
+
+
 def save(name):
     """Write a checkpoint; whether that went well. A failure is reported and training goes on: the disk may be freed."""
-    if not master:
-        return True
+    weights, moments = raw_model.state_dict(keep_vars=sharded), optimizer.state_dict() if name != BEST else None
+    if sharded:
+        weights, moments = whole(weights, {}), whole(moments, {})
+    written = not master or write(name, weights, moments)
+    return not any_process(not written)
+
+
+def write(name, weights, moments):
+    """In the main process: the file of save()."""
     state = {
-        "model": raw_model.state_dict(),
+        "model": weights,
         "model_args": raw_model.config.to_dict(),
         "iter_num": iter_num,
         "best_val_loss": best_val_loss,
@@ -396,8 +446,8 @@ def save(name):
         "tokenizer": tokenizer,
         "format": 1,
     }
-    if name != BEST:
-        state.update(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    if moments:
+        state.update(optimizer=moments, scaler=scaler.state_dict())
     try:
         save_checkpoint(state, out_dir, name, keep_previous=iter_num > saved_iter)
         return True
@@ -539,7 +589,7 @@ while True:
         torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, piece)).generate_state(1, np.uint64)[0]))
         first = (iter_num * gradient_accumulation_steps + piece) * batch_size
         X, Y = get_batch("train", train_windows(len(tokens["train"]), block_size, seed, first, batch_size))
-        if ddp:  # gradients are exchanged once a step
+        if ddp and not sharded:  # gradients are exchanged once a step; sharded ones at once, as none holds them whole
             model.require_backward_grad_sync = piece + world_size >= gradient_accumulation_steps
         with autocast:
             _, loss = model(X, Y)
@@ -547,7 +597,8 @@ while True:
         scaler.scale(loss).backward()
         stats[0] += loss.detach()
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf).item()
+    grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+    grad_norm = (grad_norm.full_tensor() if sharded else grad_norm).item()
     stats[1], stats[2] = asked, damaged
     if ddp:  # all processes see the same loss, and stop at the same step
         dist.all_reduce(stats)
@@ -612,6 +663,9 @@ if master and not eval_only:
     with contextlib.suppress(OSError), open(os.path.join(out_dir, "exit_code"), "w") as f:
         f.write(f"{exit_code}\n")
     lock.release()
+    if wandb_log:
+        with contextlib.suppress(Exception):
+            wandb.finish(exit_code)
 if ddp:
     dist.barrier()  # a process that leaves while another still saves can bring it down
     dist.destroy_process_group()
@@ -619,4 +673,6 @@ try:
     sys.stdout.flush()
 except OSError:  # gone, and Python would exit with a code of its own for it
     sys.stdout = None
+if ddp:  # now and then gloo's threads are still there, and abort when Python takes itself down under them
+    os._exit(exit_code)
 sys.exit(exit_code)

@@ -642,12 +642,13 @@ def test_wandb_gets_the_records_and_its_errors_do_not_end_a_run(train, tiny_run,
         if len(records) == 2:
             raise RuntimeError("no route")
 
-    wandb = types.SimpleNamespace(init=lambda **settings: records.append(settings), log=log)
+    codes = []
+    wandb = types.SimpleNamespace(init=lambda **settings: records.append(settings), log=log, finish=codes.append)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     result = train(tiny_run.flags, "--wandb_log", "--wandb_project=p", "--max_iters=3")
     assert "WARNING: wandb does not log (no route)" in result.out
     assert records[0]["project"] == "p" and records[0]["config"]["max_iters"] == 3
-    assert records[1:] == metrics(tiny_run.out)
+    assert records[1:] == metrics(tiny_run.out) and codes == [0]
 
 
 def test_a_job_without_the_processes_of_torchrun(script, tiny_run, monkeypatch):
