@@ -29,6 +29,7 @@ import shutil
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -411,34 +412,29 @@ def get_lr(it):
 # what is kept
 
 metrics_path = os.path.join(out_dir, "metrics.jsonl")
+writer, writing = ThreadPoolExecutor(1), None  # the checkpoint on its way to the disk: its name, step and future
+saved_iter = iter_num  # step of the latest one that is there
 
 
-def whole(state, seen):
-    """A state_dict with its sharded tensors whole, in the main process: on the CPU, one that stands there twice (tied
-    weights) once. All processes must take part, each with the same dict."""
+def on_host(state, seen):
+    """A copy of a state_dict in the main process's memory: sharded tensors whole (all processes must take part then),
+    one that stands there twice (tied weights) once."""
     if isinstance(state, dict):
-        return {key: whole(value, seen) for key, value in state.items()}
-    if not hasattr(state, "full_tensor"):
+        return {key: on_host(value, seen) for key, value in state.items()}
+    if not isinstance(state, torch.Tensor):
         return state
     if id(state) not in seen:
-        full = state.detach().full_tensor()
-        seen[id(state)] = full.to("cpu", copy=True) if master else None  # the padding of uneven shares stays behind
+        full = state.full_tensor() if hasattr(state, "full_tensor") else state
+        seen[id(state)] = full.detach().to("cpu", copy=True) if master else None
     return seen[id(state)]
 
 
 def save(name):
-    """Write a checkpoint; whether that went well. A failure is reported and training goes on: the disk may be freed."""
-    weights, moments = raw_model.state_dict(keep_vars=sharded), optimizer.state_dict() if name != BEST else None
-    if sharded:
-        weights, moments = whole(weights, {}), whole(moments, {})
-    written = not master or write(name, weights, moments)
-    return not any_process(not written)
-
-
-def write(name, weights, moments):
-    """In the main process: the file of save()."""
+    """Begin to write a checkpoint. Training waits for the copy alone; settle() waits for the disk."""
+    global writing
+    settle()
     state = {
-        "model": weights,
+        "model": raw_model.state_dict(keep_vars=True),
         "model_args": raw_model.config.to_dict(),
         "iter_num": iter_num,
         "best_val_loss": best_val_loss,
@@ -446,14 +442,29 @@ def write(name, weights, moments):
         "tokenizer": tokenizer,
         "format": 1,
     }
-    if moments:
-        state.update(optimizer=moments, scaler=scaler.state_dict())
-    try:
-        save_checkpoint(state, out_dir, name, keep_previous=iter_num > saved_iter)
-        return True
-    except (OSError, RuntimeError) as e:
-        say(f"WARNING: {os.path.join(out_dir, name)} is not written, the one before stays ({e})")
-        return False
+    if name != BEST:
+        state.update(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    written = None
+    if master or sharded:
+        state = on_host(state, {})
+    if master:
+        written = writer.submit(save_checkpoint, state, out_dir, name, keep_previous=iter_num > saved_iter)
+    writing = name, iter_num, written
+
+
+def settle():
+    """Wait for the checkpoint that is being written, if one is. A failure is reported and training goes on: the disk
+    may be freed."""
+    global writing, saved_iter, best_val_loss
+    if not writing:
+        return
+    (name, step, written), writing = writing, None
+    if error := written and written.exception():
+        say(f"WARNING: {os.path.join(out_dir, name)} is not written, the one before stays ({error})")
+    if any_process(error):
+        best_val_loss = best_before if name == BEST else best_val_loss  # a later evaluation tries again
+    elif name == LATEST:
+        saved_iter = step
 
 
 def log(record):
@@ -545,7 +556,7 @@ say(
 # training
 
 model.train()
-first_iter, saved_iter = iter_num, iter_num
+first_iter = iter_num
 seconds, timed = 0.0, 0  # of the steps since the last log line
 stop, exit_code = 0, 0
 while True:
@@ -553,14 +564,15 @@ while True:
     done = iter_num >= max_iters
     evaluating = iter_num % eval_interval == 0 or done or eval_only
     due = always_save_checkpoint and evaluating or save_interval and iter_num % save_interval == 0
-    if (due or done or stop) and iter_num > saved_iter and save(LATEST):
-        saved_iter = iter_num
+    if (due or done or stop) and iter_num > saved_iter:
+        save(LATEST)
     if stop:
         break
     if evaluating:
         record = estimate_loss()
         if record is None:  # the resumed run evaluates anew
             stop = True
+            settle()
             continue
         log(record)
         bits = record["val/bits_per_byte"]
@@ -569,11 +581,11 @@ while True:
             f"perplexity {record['val/perplexity']:.2f}" + (f", {bits:.4f} bits per byte" if bits else "")
         )
         if record["val/loss"] < best_val_loss and not eval_only:
-            worse, best_val_loss = best_val_loss, record["val/loss"]
-            if iter_num > 0 and not save(BEST):
-                best_val_loss = worse  # a later evaluation tries again
-            elif (iter_num > saved_iter or done and iter_num > 0) and save(LATEST):  # at the end for best_val_loss
-                saved_iter = iter_num
+            best_before, best_val_loss = best_val_loss, record["val/loss"]
+            if iter_num > 0:
+                save(BEST)
+            if iter_num > saved_iter or done and iter_num > 0:  # at the end for best_val_loss
+                save(LATEST)
     if done or eval_only:
         break
 
@@ -609,6 +621,7 @@ while True:
     # float16 gradients overflow now and then: the scaler skips such steps and scales less
     overflow = dtype == "float16" and scaler.get_scale() >= 1
     if not math.isfinite(step_loss) or not math.isfinite(grad_norm) and not overflow:
+        settle()
         say(
             f"step {iter_num}: loss {step_loss}, gradient norm {grad_norm}: stopped before the weights were touched. "
             + ("Resume from the last checkpoint" if saved_iter else "Nothing is saved yet, so begin again")
@@ -645,8 +658,10 @@ while True:
 # -----------------------------------------------------------------------------
 # the end
 
-if damaged and not eval_only and iter_num > saved_iter and save(LATEST):
-    saved_iter = iter_num
+settle()
+if damaged and not eval_only and iter_num > saved_iter:
+    save(LATEST)
+    settle()
 if exit_code != 3 and saved_iter < iter_num:
     exit_code = 1
     say(f"the state of step {iter_num} could not be saved")
