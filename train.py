@@ -430,11 +430,13 @@ def on_host(state, seen):
 
 
 def save(name):
-    """Begin to write a checkpoint. Training waits for the copy alone; settle() waits for the disk."""
+    """Begin to write a checkpoint: training waits for a copy in host memory alone, settle() for the disk. A CPU trains
+    with all its cores, so that both at once takes longer than one after the other: there it is written at once."""
     global writing
     settle()
+    copied = sharded or device_type != "cpu"
     state = {
-        "model": raw_model.state_dict(keep_vars=True),
+        "model": raw_model.state_dict(keep_vars=copied),
         "model_args": raw_model.config.to_dict(),
         "iter_num": iter_num,
         "best_val_loss": best_val_loss,
@@ -444,12 +446,13 @@ def save(name):
     }
     if name != BEST:
         state.update(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    state = on_host(state, {}) if copied else state
     written = None
-    if master or sharded:
-        state = on_host(state, {})
     if master:
         written = writer.submit(save_checkpoint, state, out_dir, name, keep_previous=iter_num > saved_iter)
     writing = name, iter_num, written
+    if not copied:
+        settle()
 
 
 def settle():

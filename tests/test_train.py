@@ -390,7 +390,8 @@ def test_a_kill_at_any_rename_leaves_a_checkpoint(tmp_path, monkeypatch):
             assert found["iter_num"] in (2, 3)
 
 
-def test_a_full_disk_keeps_the_checkpoint_and_the_run(tiny_run, start_process):
+@pytest.mark.parametrize("processes", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")])
+def test_a_full_disk_keeps_the_checkpoint_and_the_run(tiny_run, start_process, processes):
     resource = pytest.importorskip("resource")
 
     def limit():  # files can grow to 100 kB, as if that were all the space
@@ -401,10 +402,12 @@ def test_a_full_disk_keeps_the_checkpoint_and_the_run(tiny_run, start_process):
     assert first.wait() == 0
     before = (tiny_run.out / LATEST).read_bytes()
     assert len(before) > 100_000
-    process = start_process("train.py", *tiny_run.flags, "--n_embd=32", "--init_from=resume", preexec_fn=limit)
+    flags = (*tiny_run.flags, "--n_embd=32", "--init_from=resume", "--fsdp")
+    process = start_process(*processes, "train.py", *flags, preexec_fn=limit)
     out, err = process.communicate()
-    assert process.returncode == 1 and "Traceback" not in err
+    assert process.returncode == 1 and (processes or "Traceback" not in err)  # torchrun shows one of its own
     assert "is not written, the one before stays" in out and "iter 19:" in out
+    assert "the state of step 20 could not be saved" in out
     assert (tiny_run.out / LATEST).read_bytes() == before and not list(tiny_run.out.glob("*.tmp"))
 
 
@@ -718,6 +721,48 @@ def test_a_process_killed_wherever_it_is_and_started_again_ends_with_the_same_we
     assert re.findall(r"fault: (\w+)", err) == faults["FAULTS"].split(",")
     assert_same_state(read_checkpoint(tmp_path / "whole" / LATEST), read_checkpoint(tiny_run.out / LATEST))
     assert (tiny_run.out / "exit_code").read_text() == "0\n"
+
+
+def test_sharded_processes_train_like_one_and_share_their_checkpoints(torchrun, train, tiny_run, finished, tmp_path):
+    folders = {name: tmp_path / name for name in ("sharded", "again", "alone")}
+
+    def shard(name):
+        job = torchrun("train.py", *tiny_run.flags, "--fsdp", "--gradient_checkpointing", "--init_from=auto",
+                       f"--out_dir={folders[name]}")  # fmt: skip
+        _, err = job.communicate(timeout=120)
+        assert job.returncode == 0, err
+        return read_checkpoint(folders[name] / LATEST)
+
+    def assert_close(state):
+        for part in ("model", "optimizer"):
+            ours, theirs = tensors(state[part]), tensors(finished[part])
+            assert list(ours) == list(theirs)
+            for key, value in ours.items():
+                if torch.is_tensor(value):
+                    torch.testing.assert_close(value, theirs[key], rtol=0, atol=1e-5, msg=key)
+                else:
+                    assert value == theirs[key], key
+
+    sharded = shard("sharded")
+    assert_close(sharded)
+    assert (folders["sharded"] / LATEST).stat().st_size <= (tiny_run.out / LATEST).stat().st_size
+    for name in ("again", "alone"):  # from step 10
+        shutil.copytree(folders["sharded"], folders[name])
+    os.truncate(folders["again"] / LATEST, 1000)
+    assert_same_state(sharded, shard("again"))
+    os.replace(folders["alone"] / PREVIOUS, folders["alone"] / LATEST)
+    train(tiny_run.flags, "--init_from=resume", f"--out_dir={folders['alone']}")
+    assert_close(read_checkpoint(folders["alone"] / LATEST))
+
+
+def test_sharded_processes_in_bfloat16_train_like_one(torchrun, train, tiny_run, tmp_path):
+    flags = [*tiny_run.flags, "--dtype=bfloat16", "--max_iters=3", "--bias"]
+    train(flags)
+    job = torchrun("train.py", *flags, "--fsdp", f"--out_dir={tmp_path / 'sharded'}")
+    _, err = job.communicate(timeout=120)
+    assert job.returncode == 0, err
+    losses = [[r["loss"] for r in metrics(folder) if "loss" in r] for folder in (tiny_run.out, tmp_path / "sharded")]
+    assert losses[0] == pytest.approx(losses[1], abs=3e-3) and len(losses[0]) == 3
 
 
 def test_a_nan_in_one_process_stops_all_before_the_weights_are_touched(torchrun, tiny_run):
