@@ -7,6 +7,7 @@ How fast a GPT trains and generates on this machine, beside what the hardware co
     python bench.py --profile                                and a trace of it for chrome://tracing or Perfetto
     python bench.py config/train_shakespeare_char_cpu.py --compare=config/modern.py     two architectures, in turns
     python bench.py --classic=../nanoGPT                     in turns with nanoGPT, from a folder that has it
+    python bench.py config/train_gpt2.py --plan=8            what each of 8 processes would need, without training
 
 Utilisation (MFU) is of the data sheet's peak on a GPU, and of a large matrix product measured in the same run on a CPU.
 Generating one token reads every weight once, so its bound is the memory's measured bandwidth over the model's bytes.
@@ -23,13 +24,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from json import dump, load
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from configurator import can_compile, configure, end_with_the_pipe, fail, pick_device, read_config, usage_errors
 from data.shards import Dataset, train_windows
-from model import CLASSIC, GPT, GPTConfig, padded, peak_flops
+from model import CLASSIC, GPT, GPU_TFLOPS, GPTConfig, padded, peak_flops
 
 # -----------------------------------------------------------------------------
 # what
@@ -54,6 +59,8 @@ real_data = True  # train on the dataset, with its loading in the time; False, o
 dataset = "openwebtext"
 compare = ""  # a config file: measure the model that it makes of these settings, too, in turns
 classic = ""  # a folder with nanoGPT's model.py, to measure in turns
+plan = 0  # print the memory that a process needs where so many train it, and what they send a step, and exit
+gradient_accumulation_steps = 5 * 8  # of the plan: micro-batches a step, over all processes together
 # how long
 steps = 20  # training steps to time; 0: none
 decode_tokens = 256  # tokens to generate; 0: none
@@ -71,9 +78,11 @@ seed = 1337
 settings, _ = configure(globals())
 end_with_the_pipe()
 
-for name in ("batch_size", "block_size", "decode_batch"):
+for name in ("batch_size", "block_size", "decode_batch", "gradient_accumulation_steps"):
     if settings[name] < 1:
         fail(f"{name} must be at least 1, not {settings[name]}")
+if plan < 0:
+    fail(f"plan must not be negative, but is {plan}")
 if steps < 1 and (profile or decode_tokens < 1):
     fail("nothing to measure: give --steps=20" + ("" if profile else " or --decode_tokens=256"))
 if batch_size * (block_size + 1) >= 2**31:
@@ -93,15 +102,15 @@ if real_data:
             tokens.check(block_size, vocab_size)
     except (OSError, ValueError) as e:
         print(f"random tokens: {e}")
-compile = compile and steps > 0 and can_compile(device)
+compile = compile and steps > 0 and not plan and can_compile(device)
 autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32")
 
 
 def build(settings):
-    """The model of these settings, on the device."""
+    """The model of these settings."""
     torch.manual_seed(seed)
     fields = [field.name for field in dataclasses.fields(GPTConfig) if field.name in settings]
-    model = GPT(GPTConfig(**{name: settings[name] for name in fields}, vocab_size=vocab_size)).to(device)
+    model = GPT(GPTConfig(**{name: settings[name] for name in fields}, vocab_size=vocab_size))
     model.gradient_checkpointing = settings["gradient_checkpointing"]
     return model
 
@@ -183,13 +192,99 @@ def memory_bandwidth():
     return ones.nbytes / min(timed(ones.sum)[0] for _ in range(5))
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are made under it and still there: live now, peak at most."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.live, self.peak, self.seen = 0, 0, {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for storage in (t.untyped_storage() for t in tree_leaves(made) if isinstance(t, torch.Tensor)):
+            if storage._cdata not in self.seen:
+                self.seen.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return made
+
+    def forget(self, identity, size):
+        self.seen.discard(identity)
+        self.live -= size
+
+
+def activation_bytes(sharded):
+    """The most that a micro-batch takes beside weights and gradients, found by training on tensors without numbers."""
+    with FakeTensorMode(), torch.device(device):
+        model = build(settings)
+        for p in model.transformer.h.parameters() if sharded else ():
+            p.data = p.data.to(ptdtype)  # as they are gathered; otherwise autocast keeps such copies of all
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        X = torch.zeros(batch_size, block_size, dtype=torch.long)
+        with LiveBytes(model.parameters()) as count:
+            with autocast:
+                _, loss = model(X, X)
+            loss.backward()
+    return count.peak
+
+
+def print_plan(n):
+    """What each of n processes needs in memory and sends (and receives as much) in a step: {what: bytes with DDP, with
+    FSDP}."""
+    with torch.device("meta"):
+        model = build(settings)
+    total = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.transformer.h[0].parameters())
+    blocks = block * len(model.transformer.h)
+    rest, size, micro_steps = total - blocks, ptdtype.itemsize, -(-gradient_accumulation_steps // n)
+    rows = {  # bytes with DDP, bytes with FSDP
+        "weights, float32": (4 * total, 4 * total / n),
+        "gradients, float32": (4 * total, 4 * total / n),
+        "AdamW's two moments, float32": (8 * total, 8 * total / n),
+        # embeddings and their gradients; two blocks, and the gradients of one, in float32 to be summed up
+        "gathered for the moment": (0, 8 * rest + 2 * size * block + (4 + size) * block),
+        "activations and copies": (activation_bytes(False), activation_bytes(True)),
+    }
+    rows["memory together"] = [sum(column) for column in zip(*rows.values(), strict=True)]
+    # gradients are summed and handed out again once a step; or weights gathered forward and backward, gradients summed
+    # and kept apart, in every micro-step
+    once = (n - 1) / n
+    sharded = micro_steps * once * (2 * size * blocks + 4 * rest + 4 * total)
+    rows["sent a step"] = (2 * once * 4 * total, sharded)
+    print(
+        f"{total / 1e6:.2f}M parameters, {n} processes, {micro_steps} x {batch_size} x {block_size} tokens a step each"
+    )
+    print(f"{'GiB, each process':<30}{'DDP':>10}{'FSDP':>10}")
+    for name, (ddp, fsdp) in rows.items():
+        print(f"{name:<30}{ddp / 2**30:10.3f}{fsdp / 2**30:10.3f}")
+    flops = model.flops_per_token(block_size) * block_size * batch_size * micro_steps
+    time_on_h100 = flops / (GPU_TFLOPS["H100"] * 1e12 / 2)
+    print(f"computed a step: {flops / 1e12:.4g} TFLOP, {time_on_h100:.3g} s at half of an H100's peak")
+    print(
+        f"host memory: {4 * total / 2**30:.3f} GiB each at the start; "
+        f"{12 * total / 2**30:.3f} GiB in the main process while a checkpoint is written"
+    )
+    return rows
+
+
 # -----------------------------------------------------------------------------
+if plan:
+    with usage_errors():
+        rows = print_plan(plan)
+    if json:
+        with usage_errors(), open(json, "w", encoding="utf-8") as f:
+            dump(rows, f, indent=1)
+    sys.exit()
 with usage_errors():
-    ours = {"plainGPT": build(settings)}
+    ours = {"plainGPT": build(settings).to(device)}
     if compare:
         other = os.path.splitext(os.path.basename(compare))[0]
         found = read_config(compare, {**globals(), **settings}, settings)
-        ours[other] = build({**settings, **found, "block_size": block_size})  # the batches are the same for both
+        ours[other] = build({**settings, **found, "block_size": block_size}).to(
+            device
+        )  # the batches are the same for both
 contenders = dict(ours)
 if classic:
     path = os.path.join(classic, "model.py")

@@ -169,7 +169,7 @@ if gradient_accumulation_steps % world_size:
         f"gradient_accumulation_steps={gradient_accumulation_steps} is no multiple of the {world_size} processes: "
         f"try --gradient_accumulation_steps={math.ceil(gradient_accumulation_steps / world_size) * world_size}"
     )
-sharded = fsdp and ddp  # a process alone has it all
+sharded, replicated = ddp and fsdp, ddp and not fsdp  # the weights; a process alone has them all in either case
 if sharded and dtype == "float16":
     fail("fsdp computes in bfloat16 or float32, not float16: try --dtype=float32")
 if sharded and device_type == "mps":
@@ -318,8 +318,9 @@ if compile and can_compile(device):
             block.forward = torch.compile(block.forward, dynamic=False)
     else:
         model.compile(dynamic=False)  # a short last batch of an evaluation gets a graph of its own
-if ddp and not sharded:
-    model = DDP(model, device_ids=[torch.device(device).index] if device_type == "cuda" else None)
+if replicated:
+    ids = [torch.device(device).index] if device_type == "cuda" else None
+    model = DDP(model, device_ids=ids, gradient_as_bucket_view=True)  # no copy of the gradients to send
 autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32")
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 damaged = False  # whether this process met data that cannot be trained on
@@ -604,7 +605,7 @@ while True:
         torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, piece)).generate_state(1, np.uint64)[0]))
         first = (iter_num * gradient_accumulation_steps + piece) * batch_size
         X, Y = get_batch("train", train_windows(len(tokens["train"]), block_size, seed, first, batch_size))
-        if ddp and not sharded:  # gradients are exchanged once a step; sharded ones at once, as none holds them whole
+        if replicated:  # gradients are exchanged once a step; sharded ones at once, as none holds them whole
             model.require_backward_grad_sync = piece + world_size >= gradient_accumulation_steps
         with autocast:
             _, loss = model(X, Y)
@@ -634,7 +635,7 @@ while True:
         break
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not replicated)  # DDP keeps room for them: others would be as much again
     seconds, timed = seconds + time.perf_counter() - t0, timed + 1
 
     # log

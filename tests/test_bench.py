@@ -1,6 +1,10 @@
 import json
 
 import pytest
+import torch
+
+from data.shards import Dataset
+from model import GPT, GPTConfig
 
 FLAGS = [
     "--n_layer=2",
@@ -98,3 +102,35 @@ def test_wrong_input_is_one_line(script, flags, message):
     result = script("bench.py", *FLAGS, "--real_data=False", "--steps=1", "--decode_tokens=0", *flags)
     errors = [line for line in result.err.splitlines() if not line.startswith("settings:")]
     assert result.code == 2 and len(errors) == 1 and message in errors[0]
+
+
+def test_the_plan_counts_what_training_takes(script, tiny, tmp_path):
+    """Beside what autograd itself keeps of a real forward pass."""
+    shape = dict(n_layer=2, n_head=2, n_embd=64, block_size=256, dropout=0.1)
+    flags = [*(f"--{k}={v}" for k, v in shape.items()), f"--dataset={tiny}", "--batch_size=32", "--dtype=float32"]
+    path = tmp_path / "plan.json"
+    result = script("bench.py", *flags, "--device=cpu", "--plan=4", "--gradient_accumulation_steps=8", f"--json={path}")
+    assert result.code == 0 and "4 processes, 2 x 32 x 256 tokens a step each" in result.out, result.err
+    plan = json.loads(path.read_text())
+    vocab_size = Dataset(tiny).vocab_size
+    model, kept = GPT(GPTConfig(vocab_size=vocab_size, bias=False, **shape)), {}
+    weights = {p.data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    idx = torch.zeros(32, 256, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(idx, idx)
+    kept = sum(storage.nbytes() for storage in kept.values())
+    activations = plan["activations and copies"]
+    assert activations[0] == activations[1] and kept < activations[0] < 1.2 * kept
+    total, blocks = (sum(p.numel() for p in m.parameters()) for m in (model, model.transformer.h))
+    assert plan["gradients, float32"] == [4 * total, total]
+    # all-reduce: every gradient is sent twice but for a process's own share; FSDP: in both micro-steps
+    assert plan["sent a step"] == [8 * total * 3 / 4, 2 * (8 * blocks + 4 * (total - blocks) + 4 * total) * 3 / 4]
+    assert plan["memory together"][1] < plan["memory together"][0]
+    less = script("bench.py", *flags, "--device=cpu", "--plan=4", "--gradient_checkpointing", f"--json={path}")
+    assert less.code == 0 and json.loads(path.read_text())["activations and copies"][0] < activations[0] / 1.5
