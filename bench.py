@@ -81,9 +81,11 @@ end_with_the_pipe()
 for name in ("batch_size", "block_size", "decode_batch", "gradient_accumulation_steps"):
     if settings[name] < 1:
         fail(f"{name} must be at least 1, not {settings[name]}")
-if plan < 0:
-    fail(f"plan must not be negative, but is {plan}")
-if steps < 1 and (profile or decode_tokens < 1):
+if plan < 0 or plan and gradient_accumulation_steps % plan:
+    fail(f"plan takes a number that divides gradient_accumulation_steps={gradient_accumulation_steps}, not {plan}")
+if plan and (compare or classic or profile):
+    fail("plan measures nothing: leave out --compare, --classic and --profile")
+if not plan and steps < 1 and (profile or decode_tokens < 1):
     fail("nothing to measure: give --steps=20" + ("" if profile else " or --decode_tokens=256"))
 if batch_size * (block_size + 1) >= 2**31:
     fail(f"{batch_size} x {block_size} tokens are too many for a step: lower --batch_size")
@@ -101,7 +103,7 @@ if real_data:
         with usage_errors():
             tokens.check(block_size, vocab_size)
     except (OSError, ValueError) as e:
-        print(f"random tokens: {e}")
+        print(f"{f'a vocabulary of {vocab_size:,}' if plan else 'random tokens'}: {e}")
 compile = compile and steps > 0 and not plan and can_compile(device)
 autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32")
 
@@ -238,7 +240,7 @@ def print_plan(n):
     total = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.transformer.h[0].parameters())
     blocks = block * len(model.transformer.h)
-    rest, size, micro_steps = total - blocks, ptdtype.itemsize, -(-gradient_accumulation_steps // n)
+    rest, size, micro_steps = total - blocks, ptdtype.itemsize, gradient_accumulation_steps // n
     rows = {  # bytes with DDP, bytes with FSDP
         "weights, float32": (4 * total, 4 * total / n),
         "gradients, float32": (4 * total, 4 * total / n),
@@ -282,9 +284,8 @@ with usage_errors():
     if compare:
         other = os.path.splitext(os.path.basename(compare))[0]
         found = read_config(compare, {**globals(), **settings}, settings)
-        ours[other] = build({**settings, **found, "block_size": block_size}).to(
-            device
-        )  # the batches are the same for both
+        # on the same batches
+        ours[other] = build({**settings, **found, "block_size": block_size}).to(device)
 contenders = dict(ours)
 if classic:
     path = os.path.join(classic, "model.py")

@@ -821,7 +821,11 @@ def read_checkpoint(path, mmap=False):
             in_parts = zipfile.is_zipfile(f)  # files from before PyTorch 1.6 are read as a whole
             if in_parts and (part := zipfile.ZipFile(f).testzip()):  # torch.load skips the checksums
                 raise ValueError(f"the checksum of {part} is wrong")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and in_parts)
+            f.seek(0)
+            mmap = mmap and in_parts
+            checkpoint = torch.load(path if mmap else f, map_location="cpu", weights_only=True, mmap=mmap)
+            if mmap and not os.path.samestat(os.stat(path), os.fstat(f.fileno())):  # a run has just saved another
+                return read_checkpoint(path, mmap)
             check_checkpoint(checkpoint)
             return checkpoint
         except Exception as e:  # what a damaged file raises depends on where it is damaged

@@ -170,10 +170,12 @@ if gradient_accumulation_steps % world_size:
         f"try --gradient_accumulation_steps={math.ceil(gradient_accumulation_steps / world_size) * world_size}"
     )
 sharded, replicated = ddp and fsdp, ddp and not fsdp  # the weights; a process alone has them all in either case
+if fsdp and "fsdp" in given and not ddp:
+    fail("fsdp wants several processes: torchrun --standalone --nproc_per_node=8 train.py ..., or --fsdp=False")
 if sharded and dtype == "float16":
     fail("fsdp computes in bfloat16 or float32, not float16: try --dtype=float32")
-if sharded and device_type == "mps":
-    fail("fsdp wants GPUs of CUDA or CPUs: try --device=cpu")
+if sharded and (device_type == "mps" or device_type == "cuda" and backend == "gloo"):
+    fail("fsdp wants CPUs, or GPUs with nccl: try --device=cpu or --backend=nccl")
 if ddp:
     nccl = device_type == "cuda" and dist.is_nccl_available()
     backend = ("nccl" if nccl else "gloo") if backend == "auto" else backend
@@ -362,22 +364,26 @@ def any_process(flag):
 def estimate_loss():
     """Evaluate on eval_iters * batch_size windows of each split (all, where there are fewer) that are spread evenly and
     are the same each time. Returns a record for log(): mean losses in nats per token; of val also the perplexity, and
-    the bits per byte of its text, None where the tokenizer is not at hand. None instead if it is asked to stop."""
+    the bits per byte of its text, None where the tokenizer is not at hand. None instead if it is asked to stop or meets
+    damaged data."""
+    global damaged
     raw_model.eval()
-    record = {"iter": iter_num}
+    record, stopping = {"iter": iter_num}, False
     for split, stream in tokens.items():
         starts = eval_windows(len(stream), block_size, eval_iters * batch_size)
         sums = torch.zeros(3, dtype=torch.float64)  # of losses, tokens, bytes
         for i in range(0, len(starts), world_size * batch_size):
-            if any_process(asked):
-                raw_model.train()
-                return None
+            stopping = any_process(asked or damaged)
+            if stopping:
+                break
             mine = starts[i + rank * batch_size :][:batch_size]
-            X, Y = get_batch(split, mine if len(mine) else starts[:1])  # sharded weights want all processes to be there
+            X, Y = get_batch(split, mine if len(mine) else starts[:batch_size])  # sharded weights want all processes
             with autocast:
                 _, loss = raw_model(X, Y)
             if len(mine):
                 sums += torch.tensor([loss.item() * Y.numel(), Y.numel(), byte_lengths[Y.cpu()].sum().item()])
+        if stopping:
+            break
         if ddp:  # each process had its share
             sums = sums.to(device)
             dist.all_reduce(sums)
@@ -387,7 +393,8 @@ def estimate_loss():
             record["val/perplexity"] = math.exp(min(total / count, 700))
             record["val/bits_per_byte"] = total / math.log(2) / n_bytes if n_bytes else None
     raw_model.train()
-    return record
+    damaged = any_process(damaged)
+    return None if stopping or damaged else record
 
 
 def get_lr(it):
@@ -415,6 +422,7 @@ def get_lr(it):
 metrics_path = os.path.join(out_dir, "metrics.jsonl")
 writer, writing = ThreadPoolExecutor(1), None  # the checkpoint on its way to the disk: its name, step and future
 saved_iter = iter_num  # step of the latest one that is there
+best_before = best_val_loss  # the loss of the best one that is surely there
 
 
 def on_host(state, seen):
@@ -431,8 +439,9 @@ def on_host(state, seen):
 
 
 def save(name):
-    """Begin to write a checkpoint: training waits for a copy in host memory alone, settle() for the disk. A CPU trains
-    with all its cores, so that both at once takes longer than one after the other: there it is written at once."""
+    """Begin to write a checkpoint: training waits for a copy in host memory alone, settle() for the disk. Where the
+    weights lie there already, none is made and it waits for the disk: a CPU trains with all its cores, so that both at
+    once would take longer than one after the other."""
     global writing
     settle()
     copied = sharded or device_type != "cpu"
@@ -578,6 +587,7 @@ while True:
             stop = True
             settle()
             continue
+        settle()  # best_val_loss may be that of a file which could not be written
         log(record)
         bits = record["val/bits_per_byte"]
         say(
@@ -635,7 +645,7 @@ while True:
         break
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=not replicated)  # DDP keeps room for them: others would be as much again
+    optimizer.zero_grad(set_to_none=not replicated)  # those of DDP are views of its buckets: keep them
     seconds, timed = seconds + time.perf_counter() - t0, timed + 1
 
     # log
@@ -682,12 +692,12 @@ if master and not eval_only:
     with contextlib.suppress(OSError), open(os.path.join(out_dir, "exit_code"), "w") as f:
         f.write(f"{exit_code}\n")
     lock.release()
-    if wandb_log:
-        with contextlib.suppress(Exception):
-            wandb.finish(exit_code)
 if ddp:
     dist.barrier()  # a process that leaves while another still saves can bring it down
     dist.destroy_process_group()
+if wandb_log and master and not eval_only:
+    with contextlib.suppress(Exception):  # whatever it is, the run is done
+        wandb.finish(exit_code)
 try:
     sys.stdout.flush()
 except OSError:  # gone, and Python would exit with a code of its own for it

@@ -96,6 +96,8 @@ def test_gradient_checkpointing_takes_less_memory(script, tiny, tmp_path):
         (["--step=3"], "did you mean steps?"),
         (["--steps=0"], "nothing to measure: give --steps=20 or --decode_tokens=256"),
         (["--batch_size=1000000000000"], "too many for a step"),
+        (["--plan=3"], "plan takes a number that divides gradient_accumulation_steps=40, not 3"),
+        (["--plan=8", "--profile"], "plan measures nothing"),
     ],
 )
 def test_wrong_input_is_one_line(script, flags, message):

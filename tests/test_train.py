@@ -402,7 +402,7 @@ def test_a_full_disk_keeps_the_checkpoint_and_the_run(tiny_run, start_process, p
     assert first.wait() == 0
     before = (tiny_run.out / LATEST).read_bytes()
     assert len(before) > 100_000
-    flags = (*tiny_run.flags, "--n_embd=32", "--init_from=resume", "--fsdp")
+    flags = (*tiny_run.flags, "--n_embd=32", "--init_from=resume", f"--fsdp={bool(processes)}")
     process = start_process(*processes, "train.py", *flags, preexec_fn=limit)
     out, err = process.communicate()
     assert process.returncode == 1 and (processes or "Traceback" not in err)  # torchrun shows one of its own
@@ -532,6 +532,7 @@ def test_hostile_checkpoints_are_refused_and_do_not_run(script, tiny_run, tmp_pa
         (["--max_iters=1e30"], "takes a whole number such as 600000, not one so large"),
         (["--backend=tcp"], "backend takes auto, nccl, gloo"),
         (["--device=cpu:99"], "device takes"),
+        (["--fsdp"], "torchrun --standalone --nproc_per_node=8 train.py"),
     ],
 )
 def test_wrong_input_is_one_line(script, tiny_run, flags, message):
@@ -813,20 +814,34 @@ def test_a_second_run_into_the_same_folder_is_refused(train, tiny_run):
     train(tiny_run.flags, "--max_iters=1")
 
 
-def test_data_that_is_gone_in_mid_run_stops_it_with_what_was_trained_saved(
-    train, tiny_run, tiny, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("last, step", [(30, 11), (17, 6)])  # in a step; in an evaluation
+def test_data_that_is_gone_in_mid_run_stops_it_with_what_was_trained_saved(train, tiny_run, monkeypatch, last, step):
     real, calls = Tokens.windows, iter(range(10**6))
 
     def windows(self, starts, length):
-        if next(calls) > 30:
+        if next(calls) >= last:
             raise OSError(5, "Input/output error")
         return real(self, starts, length)
 
     monkeypatch.setattr(Tokens, "windows", windows)
-    result = train(tiny_run.flags, "--eval_interval=100", code=2)
-    step = int(re.search(r"stopped at step (\d+)", result.out)[1])
-    assert "cannot be read any more" in result.err and read_checkpoint(tiny_run.out / LATEST)["iter_num"] == step > 5
+    result = train(tiny_run.flags, "--eval_interval=6", code=2)
+    assert "cannot be read any more" in result.err and f"stopped at step {step}:" in result.out
+    assert read_checkpoint(tiny_run.out / LATEST)["iter_num"] == step
+    assert [r["iter"] for r in metrics(tiny_run.out) if "val/loss" in r] == list(range(0, step, 6))
+
+
+def test_a_best_that_could_not_be_written_does_not_count(train, tiny_run, monkeypatch):
+    def refuse_best(state, folder, name, keep_previous):
+        if name == BEST and state["iter_num"] < 20:
+            raise OSError(28, "No space left on device")
+        save_checkpoint(state, folder, name, keep_previous)
+
+    monkeypatch.setattr("model.save_checkpoint", refuse_best)
+    result = train(tiny_run.flags, "--eval_interval=5")
+    assert result.out.count("ckpt_best.pt is not written") == 3
+    losses = [r["val/loss"] for r in metrics(tiny_run.out) if "val/loss" in r]
+    assert read_checkpoint(tiny_run.out / BEST)["iter_num"] == 20
+    assert read_checkpoint(tiny_run.out / LATEST)["best_val_loss"] == losses[-1]
 
 
 def test_compiled_training_gives_the_same_losses(train, tiny_run, finished, tmp_path):
