@@ -464,7 +464,7 @@ class GPT(nn.Module):
             more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
             raise ValueError("weights do not fit the model: " + "; ".join(lines[:4]) + more)
         # copies: the tensors of a checkpoint may still lie in its file
-        weights = {k: torch.empty(v.shape).copy_(v) for k, v in weights.items()}
+        weights = {k: torch.empty(v.shape).copy_(v.detach()) for k, v in weights.items()}
         model.load_state_dict(weights, assign=True)
         model.tie()
         return model
@@ -575,7 +575,7 @@ def like(place, tensor):
     this process's rows."""
     copy = torch.empty_like(place)
     if not hasattr(place, "device_mesh"):
-        return copy.copy_(tensor)
+        return copy.copy_(tensor.detach())
     share = math.ceil(place.size(0) / place.device_mesh.size())
     copy.to_local().copy_(tensor[place.device_mesh.get_rank() * share :][:share])
     return copy
