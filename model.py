@@ -287,6 +287,54 @@ class Block(nn.Module):
         return x
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy, in nats, of logits x @ weight.T over the targets that are not -1; x (N, C), weight (V, C),
+    targets (N,). Products are in the dtype of x, softmax and sums in float32.
+
+    The logits would be most of a small GPT's memory. So they are made for a piece of the rows at a time, and their
+    gradient, softmax - one_hot, is multiplied on at once: what is left for backward() is to scale the results.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, training):
+        w, counted = weight.to(x.dtype), targets != -1
+        x, targets = x * counted.unsqueeze(1), targets.clamp(min=0).unsqueeze(1)
+        # each piece is added to the gradient of all weights: the faster a device multiplies, the larger it has to be
+        pieces = math.ceil(x.size(0) * w.size(0) / (2**26 if x.is_cpu else 2**28))
+        buffer = x.new_empty(math.ceil(x.size(0) / pieces), w.size(0))
+        nats, dx, dw = [], [], torch.zeros_like(weight, dtype=torch.float32) if training else None
+        for rows, target in zip(x.chunk(pieces), targets.chunk(pieces), strict=True):
+            logits = torch.mm(rows, w.t(), out=buffer[: len(rows)])
+            nats.append(cross_entropy_(logits, target))
+            if training:
+                dx.append(logits @ w)
+                dw += logits.t() @ rows
+        count = counted.sum()
+        if training:
+            ctx.save_for_backward(torch.cat(dx), dw, counted.unsqueeze(1) / count)
+        return (torch.cat(nats) * counted).sum() / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw, share = ctx.saved_tensors
+        return dx * (grad * share).to(dx.dtype), dw.mul_(grad * share.amax()), None, None
+
+
+def cross_entropy_(logits, targets):
+    """Cross-entropies, (N,), of logits, (N, V), and targets, (N, 1). In place, the logits become their gradient."""
+    # float32 copies of a few rows at a time stay in a CPU's cache; compilers do without copies
+    tile = 2**21 // logits.size(1) if logits.is_cpu and not torch.compiler.is_compiling() else len(logits)
+    nats = []
+    for piece, target in zip(logits.split(max(1, tile)), targets.split(max(1, tile)), strict=True):
+        probs = piece.float()
+        top, at_target = probs.amax(dim=1, keepdim=True), probs.gather(1, target)
+        probs = torch.softmax(probs, dim=1)
+        # the log of the sum of exponentials, from the largest of them: it can neither overflow nor vanish
+        nats.append(top - probs.amax(dim=1, keepdim=True).log() - at_target)
+        piece.copy_(probs.scatter_add_(1, target, -torch.ones_like(top)))
+    return torch.cat(nats).squeeze(1)
+
+
 def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw one token a row from logits, (B, V); returns ids, (B,).
 
@@ -361,12 +409,13 @@ class GPT(nn.Module):
         """The weights of which a token reads one row, and that take part in no matrix product."""
         return self.positions() + ([] if self.config.tied else [self.transformer.wte.weight])
 
-    def forward(self, idx, targets=None, caches=None):
+    def forward(self, idx, targets=None, caches=None, return_logits=True):
         """Token ids idx, (B, T), to (logits, loss).
 
         With targets, (B, T): logits of all positions, (B, T, V), and the mean cross-entropy in nats over the targets
-        that are not -1. Without: logits of the last position alone, (B, 1, V), and None. caches, one KVCache a
-        layer: idx continues what they hold, and is added to them. ValueError where it all exceeds block_size.
+        that are not -1. return_logits=False gives None for the logits, which then never lie in memory all at once.
+        Without targets: logits of the last position alone, (B, 1, V), and None. caches, one KVCache a layer: idx
+        continues what they hold, and is added to them. ValueError where it all exceeds block_size.
         """
         B, T = idx.size()
         start = caches[0].length if caches else 0
@@ -387,6 +436,11 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
+        if not return_logits:
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))
+            x, weight = x.view(B * T, -1), self.lm_head.weight
+            return None, LinearCrossEntropy.apply(x, weight, targets.reshape(-1), torch.is_grad_enabled())
         logits = self.lm_head(x)  # (B, T, V)
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
         return logits, loss

@@ -379,7 +379,7 @@ def estimate_loss():
             mine = starts[i + rank * batch_size :][:batch_size]
             X, Y = get_batch(split, mine if len(mine) else starts[:batch_size])  # sharded weights want all processes
             with autocast:
-                _, loss = raw_model(X, Y)
+                _, loss = raw_model(X, Y, return_logits=False)
             if len(mine):
                 sums += torch.tensor([loss.item() * Y.numel(), Y.numel(), byte_lengths[Y.cpu()].sum().item()])
         if stopping:
@@ -618,7 +618,7 @@ while True:
         if replicated:  # gradients are exchanged once a step; sharded ones at once, as none holds them whole
             model.require_backward_grad_sync = piece + world_size >= gradient_accumulation_steps
         with autocast:
-            _, loss = model(X, Y)
+            _, loss = model(X, Y, return_logits=False)
             loss = loss * world_size / gradient_accumulation_steps
         scaler.scale(loss).backward()
         stats[0] += loss.detach()
