@@ -17,6 +17,8 @@ Models in turns see the same batches; the loss named is the mean of the last ten
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
+import math
 import os
 import re
 import statistics
@@ -25,15 +27,16 @@ import sys
 import tempfile
 import time
 import weakref
-from json import dump, load
+from json import dump, dumps, loads
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from configurator import can_compile, configure, end_with_the_pipe, fail, pick_device, read_config, usage_errors
-from data.shards import Dataset, train_windows
+from data.shards import Dataset, eval_windows, train_windows
 from model import CLASSIC, GPT, GPU_TFLOPS, GPTConfig, padded, peak_flops
 
 # -----------------------------------------------------------------------------
@@ -54,11 +57,14 @@ n_kv_head = 0
 qk_norm = False
 tied = True
 gradient_checkpointing = False
+muon = False
 learning_rate = 1e-3  # the same in all steps
 real_data = True  # train on the dataset, with its loading in the time; False, or no such dataset: on random tokens
 dataset = "openwebtext"
 compare = ""  # a config file: measure the model that it makes of these settings, too, in turns
 classic = ""  # a folder with nanoGPT's model.py, to measure in turns
+transformers = False  # measure generation by transformers in turns
+int8 = False  # measure generation with 8-bit weights, too, and what they do to the validation split's perplexity
 plan = 0  # print the memory that a process needs where so many train it, and what they send a step, and exit
 gradient_accumulation_steps = 5 * 8  # of the plan: micro-batches a step, over all processes together
 # how long
@@ -75,7 +81,10 @@ dtype = "auto"  # auto, float32, bfloat16, float16
 compile = True  # torch.compile the training step
 seed = 1337
 # -----------------------------------------------------------------------------
-settings, _ = configure(globals())
+# several models are measured in processes of their own, each as its users run it; this may be one of them
+contender = os.environ.get("PLAINGPT_CONTENDER", "")
+with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere if contender else sys.stderr):
+    settings, _ = configure(globals())
 end_with_the_pipe()
 
 for name in ("batch_size", "block_size", "decode_batch", "gradient_accumulation_steps"):
@@ -83,28 +92,38 @@ for name in ("batch_size", "block_size", "decode_batch", "gradient_accumulation_
         fail(f"{name} must be at least 1, not {settings[name]}")
 if plan < 0 or plan and gradient_accumulation_steps % plan:
     fail(f"plan takes a number that divides gradient_accumulation_steps={gradient_accumulation_steps}, not {plan}")
-if plan and (compare or classic or profile):
-    fail("plan measures nothing: leave out --compare, --classic and --profile")
+if plan and (compare or classic or transformers or profile):
+    fail("plan measures nothing: leave out --compare, --classic, --transformers and --profile")
 if not plan and steps < 1 and (profile or decode_tokens < 1):
     fail("nothing to measure: give --steps=20" + ("" if profile else " or --decode_tokens=256"))
+if transformers and decode_tokens > block_size:
+    fail(f"transformers generates up to block_size={block_size} tokens: give --decode_tokens={block_size}")
 if batch_size * (block_size + 1) >= 2**31:
     fail(f"{batch_size} x {block_size} tokens are too many for a step: lower --batch_size")
 if json:
     with usage_errors():
         open(json, "a").close()  # better to know now that it cannot be written
-device, dtype, device_line = pick_device(device, dtype)
+foreign = contender in ("classic", "transformers")
+device, dtype, device_line = pick_device(device, dtype, tuned=not foreign)
 device_type, ptdtype = device.split(":")[0], getattr(torch, dtype)
-print(device_line)
-vocab_size, tokens = GPTConfig.vocab_size, None
+vocab_size, data_line = GPTConfig.vocab_size, "random tokens"
+tokens = {}
 if real_data:
     try:
         data = Dataset(os.path.join("data", dataset))
-        tokens, vocab_size = data.split("train"), padded(data.vocab_size or vocab_size)
+        splits, vocab_size = (
+            {name: data.split(name) for name in ("train", "val")},
+            padded(data.vocab_size or vocab_size),
+        )
         with usage_errors():
-            tokens.check(block_size, vocab_size)
+            for split in splits.values():
+                split.check(block_size, vocab_size)
+        tokens, data_line = splits, ""
     except (OSError, ValueError) as e:
-        print(f"{f'a vocabulary of {vocab_size:,}' if plan else 'random tokens'}: {e}")
-compile = compile and steps > 0 and not plan and can_compile(device)
+        data_line = f"{f'a vocabulary of {vocab_size:,}' if plan else 'random tokens'}: {e}"
+if not contender:
+    print(device_line + (f"\n{data_line}" if data_line else ""))
+compile = compile and not plan and can_compile(device)
 autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32")
 
 
@@ -117,81 +136,189 @@ def build(settings):
     return model
 
 
+def build_classic(folder):
+    """nanoGPT's model of the same shape, from a folder that has its model.py."""
+    path = os.path.join(folder, "model.py")
+    if not os.path.exists(path):
+        fail(f"no {path}: classic takes the folder of a copy of nanoGPT")
+    spec = importlib.util.spec_from_file_location("classic_model", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["classic_model"] = module  # dataclasses look themselves up there
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
+            shape = {name: getattr(build(settings).config, name) for name in CLASSIC}
+            return module.GPT(module.GPTConfig(**shape))
+    except Exception as e:  # it is somebody else's code
+        fail(f"{path}: {type(e).__name__}: {e}")
+
+
+def build_transformers():
+    """The model as transformers has it, for generation in its own dtype."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        build(settings).save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=ptdtype)
+
+
 def sync():
     """Wait for the device to finish what it was given."""
     if device_type != "cpu":
         getattr(torch, device_type).synchronize()
 
 
-def get_batch(i):
-    """Inputs and targets of step i, two (B, T) on the device."""
+def get_batch(split, starts):
+    """Inputs and targets of the windows at starts, two (B, T) on the device."""
     if tokens:
-        starts = train_windows(len(tokens), block_size, seed, i * batch_size, batch_size)
-        xy = torch.from_numpy(tokens.windows(starts, block_size + 1))
+        xy = torch.from_numpy(tokens[split].windows(starts, block_size + 1))
     else:
-        xy = torch.randint(vocab_size, (batch_size, block_size + 1))
+        xy = torch.randint(vocab_size, (len(starts), block_size + 1))
     xy = xy.pin_memory().to(device, non_blocking=True) if device_type == "cuda" else xy.to(device)
     return xy[:, :-1], xy[:, 1:].contiguous()
 
 
-def training(model, precision):
-    """A function that trains model one step on batch i and returns the loss, as train.py does it."""
-    optimizer = model.configure_optimizers(0.1, learning_rate, (0.9, 0.95), device_type)
-    scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-    forward = torch.compile(model) if compile else model
+class Contender:
+    """A model and what is measured of it."""
 
-    def step(i):
-        X, Y = get_batch(i)
-        with precision:
-            _, loss = forward(X, Y)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+    def __init__(self, name):
+        """plainGPT, one of compare's settings, classic or transformers. Exits with one line if it cannot be built."""
+        self.name, self.forward = name, None
+        with usage_errors():
+            if name == "classic":
+                self.model = build_classic(classic)
+            elif name == "transformers":
+                self.model = build_transformers()
+            elif name == "plainGPT":
+                self.model = build(settings)
+            else:  # on the same batches
+                found = read_config(compare, {**globals(), **settings}, settings)
+                self.model = build({**settings, **found, "block_size": block_size})
+            self.model.to(device)
 
-    return step
+    def describe(self):
+        """What the model is: its config, parameters, bytes of KV cache a token, and FLOPs a token."""
+        shape, flops = self.model.config, self.model.flops_per_token(block_size)
+        cache = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * ptdtype.itemsize
+        count = self.model.get_num_params(non_embedding=False)
+        return {"config": shape.to_dict(), "parameters": count, "cache_bytes_per_token": cache, "flops": flops}
+
+    def train(self, i):
+        """(seconds, loss) of step i, as train.py takes it."""
+        if not self.forward:
+            self.forward = torch.compile(self.model, dynamic=False) if compile else self.model
+            # nanoGPT computes in float32 on CPUs, whatever its dtype
+            self.precision = contextlib.nullcontext() if foreign and device_type == "cpu" else autocast
+            options = {} if foreign else dict(muon=settings["muon"], dtype=ptdtype)
+            betas = (0.9, 0.95)
+            self.optimizer = self.model.configure_optimizers(0.1, learning_rate, betas, device_type, **options)
+            self.scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
+        sync()
+        start = time.perf_counter()
+        starts = train_windows(len(tokens["train"]), block_size, seed, i * batch_size, batch_size) if tokens else 0
+        X, Y = get_batch("train", starts if tokens else range(batch_size))
+        with self.precision:
+            _, loss = self.forward(X, Y) if foreign else self.forward(X, Y, return_logits=False)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = loss.item()
+        return time.perf_counter() - start, loss
+
+    def peak_memory(self):
+        """Bytes: of tensors on a CUDA device, else of the whole process; None where the system does not say."""
+        if device_type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        with contextlib.suppress(OSError), open("/proc/self/status") as f:
+            return 1024 * int(re.search(r"VmHWM:\s+(\d+)", f.read())[1])
+        with contextlib.suppress(ImportError):
+            import resource
+
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+    def prepare_decoding(self, quantized):
+        """Set the model up for generation. Returns the bytes that a token reads of it."""
+        self.model.eval()
+        if self.name in ("classic", "transformers"):
+            return sum(p.nbytes for p in self.model.parameters())
+        if quantized:
+            self.model.quantize()
+        self.model.to(ptdtype)
+        if compile:
+            self.model.compile_generation()
+        looked_up = {id(p) for p in self.model.looked_up()}
+        weights = itertools.chain(self.model.parameters(), self.model.buffers())
+        return sum(w.nbytes for w in weights if id(w) not in looked_up)
+
+    def generate(self, B, n):
+        """Seconds for n tokens of each of B sequences."""
+        prompt = torch.randint(vocab_size, (B, 1), device=device)
+        sync()
+        start = time.perf_counter()
+        with torch.no_grad():
+            if self.name == "transformers":
+                self.model.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=True, pad_token_id=0)
+            else:
+                self.model.generate(prompt, n)
+        sync()
+        return time.perf_counter() - start
+
+    def perplexity(self):
+        """exp of the mean loss over windows spread over the validation split."""
+        starts = eval_windows(len(tokens["val"]), block_size, 20 * batch_size)
+        losses = []
+        with torch.no_grad():
+            for some in np.array_split(starts, math.ceil(len(starts) / batch_size)):
+                losses.append(self.model(*get_batch("val", some))[1].item() * len(some))
+        return math.exp(sum(losses) / len(starts))
 
 
-def timed(function, *args):
-    """(seconds, what it returns) of function(*args)."""
-    sync()
-    start = time.perf_counter()
-    value = function(*args)
-    sync()
-    return time.perf_counter() - start, value
+if contender:  # answer, line by line, what the process that started this one asks
+    answers, sys.stdout = sys.stdout, sys.stderr
+    me = Contender(contender)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        function, *args = loads(line)
+        print(dumps(getattr(me, function)(*args)), file=answers, flush=True)
+    sys.exit()
 
 
-def peak_memory():
-    """Bytes: of tensors on a CUDA device, else of the whole process; None where the system does not say."""
-    if device_type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    with contextlib.suppress(OSError), open("/proc/self/status") as f:
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", f.read())[1])
-    with contextlib.suppress(ImportError):
-        import resource
+class Elsewhere:
+    """A Contender in a process of its own: its functions are asked for by name."""
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    def __init__(self, name):
+        command = [sys.executable, __file__, *sys.argv[1:]]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, env={**os.environ, "PLAINGPT_CONTENDER": name}, **pipes)
+        self.answer()
 
+    def answer(self):
+        if not (line := self.process.stdout.readline()):
+            sys.exit(self.process.wait())  # it has said why
+        return line
 
-def peak_memory_alone(*more):
-    """The peak memory of this script when it trains one model alone, in a process of its own, with more arguments."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "bench.json")
-        flags = ["--compare=", "--classic=", "--profile=False", "--decode_tokens=0", "--steps=3", f"--json={path}"]
-        command = [sys.executable, __file__, *sys.argv[1:], *more, f"--block_size={block_size}", *flags]
-        if subprocess.run([*command, f"--batch_size={batch_size}"], capture_output=True).returncode:
-            return None  # there was no room for another process, say
-        with open(path, encoding="utf-8") as f:
-            return load(f)["peak_memory"]
+    def __getattr__(self, function):
+        def ask(*args):
+            self.process.stdin.write(dumps([function, *args]) + "\n")
+            self.process.stdin.flush()
+            return loads(self.answer())
+
+        return ask
 
 
 def memory_bandwidth():
     """Bytes per second that the device reads, at best of five sums over 1 GiB."""
-    ones = torch.ones(1 << 28, device=device)
-    return ones.nbytes / min(timed(ones.sum)[0] for _ in range(5))
+    ones, times = torch.ones(1 << 28, device=device), []
+    for _ in range(6):
+        sync()
+        start = time.perf_counter()
+        ones.sum()
+        sync()
+        times.append(time.perf_counter() - start)
+    return ones.nbytes / min(times)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -227,7 +354,7 @@ def activation_bytes(sharded):
         X = torch.zeros(batch_size, block_size, dtype=torch.long)
         with LiveBytes(model.parameters()) as count:
             with autocast:
-                _, loss = model(X, X)
+                _, loss = model(X, X, return_logits=False)
             loss.backward()
     return count.peak
 
@@ -279,39 +406,21 @@ if plan:
         with usage_errors(), open(json, "w", encoding="utf-8") as f:
             dump(rows, f, indent=1)
     sys.exit()
-with usage_errors():
-    ours = {"plainGPT": build(settings).to(device)}
-    if compare:
-        other = os.path.splitext(os.path.basename(compare))[0]
-        found = read_config(compare, {**globals(), **settings}, settings)
-        # on the same batches
-        ours[other] = build({**settings, **found, "block_size": block_size}).to(device)
-contenders = dict(ours)
-if classic:
-    path = os.path.join(classic, "model.py")
-    if not os.path.exists(path):
-        fail(f"no {path}: classic takes the folder of a copy of nanoGPT")
-    spec = importlib.util.spec_from_file_location("classic_model", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["classic_model"] = module  # dataclasses look themselves up there
-    try:
-        spec.loader.exec_module(module)
-        shape = {name: getattr(ours["plainGPT"].config, name) for name in CLASSIC}
-        contenders["classic"] = module.GPT(module.GPTConfig(**shape)).to(device)
-    except Exception as e:  # it is somebody else's code
-        fail(f"{path}: {type(e).__name__}: {e}")
+
+names = ["plainGPT", *([os.path.splitext(os.path.basename(compare))[0]] if compare else [])]
+names += ["classic"] * bool(classic) + ["transformers"] * transformers
+contenders = {name: (Elsewhere if len(names) > 1 else Contender)(name) for name in names}
+ours = [name for name in names if name not in ("classic", "transformers")]
 results = {"device": device_line, "dtype": dtype, "compile": compile, "torch": torch.__version__}
-results |= {"batch_size": batch_size, "models": {}}
-for name, model in ours.items():
-    shape, count = model.config, model.get_num_params(non_embedding=False)
-    cache = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * ptdtype.itemsize
-    results["models"][name] = {"config": shape.to_dict(), "parameters": count, "cache_bytes_per_token": cache}
+results |= {"batch_size": batch_size, "models": {name: contenders[name].describe() for name in ours}}
+for name, model in results["models"].items():
+    count, cache = model["parameters"], model["cache_bytes_per_token"]
     print(f"{name}: {count / 1e6:.2f}M parameters, KV cache {cache:,} bytes a token")
 
 
 def compare_with_first(kind):
     """Print how the tokens per second of the other contenders compare with ours."""
-    first, *others = (name for name in contenders if f"{kind} {name}" in results)
+    first, *others = (name for name in names if f"{kind} {name}" in results)
     for name in others:
         ratio = results[f"{kind} {first}"]["tokens_per_second"] / results[f"{kind} {name}"]["tokens_per_second"]
         results[f"{kind} {first} / {name}"] = ratio
@@ -319,15 +428,13 @@ def compare_with_first(kind):
 
 
 if steps > 0:
-    # nanoGPT computes in float32 on CPUs, whatever its dtype
-    plain = contextlib.nullcontext() if device_type == "cpu" else autocast
-    step = {name: training(model, plain if name == "classic" else autocast) for name, model in contenders.items()}
-    first_losses = {name: step[name](0) for name in contenders}
-    times, losses = ({name: [] for name in contenders} for _ in range(2))
+    learners = [name for name in names if name != "transformers"]
+    first_losses = {name: contenders[name].train(0)[1] for name in learners}
+    times, losses = ({name: [] for name in learners} for _ in range(2))
     begin = time.perf_counter()
     for i in range(1, steps + 1):
-        for name in contenders:
-            dt, loss = timed(step[name], i)
+        for name in learners:
+            dt, loss = contenders[name].train(i)
             times[name].append(dt)
             losses[name].append(loss)
         if i >= 3 and time.perf_counter() - begin > seconds:
@@ -337,31 +444,27 @@ if steps > 0:
         f"training, {batch_size} x {block_size} tokens a step, median of {i} steps; "
         f"peak: {f'{peak / 1e12:.3g} TFLOP/s, ' if peak else ''}{source}"
     )
-    results["peak_memory"] = peak_memory()
-    for name in contenders:
+    for name in learners:
         dt = statistics.median(times[name])
-        mfu = ours.get(name, ours["plainGPT"]).estimate_mfu(batch_size, dt, peak) if peak else None
         row = {"ms": dt * 1e3, "steps_per_second": 1 / dt, "tokens_per_second": batch_size * block_size / dt}
-        row |= {"mfu": mfu, "first_loss": first_losses[name], "loss": statistics.mean(losses[name][-max(1, i // 10) :])}
-        if compare and name in ours:
-            row["peak_memory"] = peak_memory_alone(*([] if name == "plainGPT" else [compare]))
+        flops = results["models"].get(name, results["models"]["plainGPT"])["flops"]
+        row |= {"mfu": peak and flops * row["tokens_per_second"] / peak, "peak_memory": contenders[name].peak_memory()}
+        row |= {"first_loss": first_losses[name], "loss": statistics.mean(losses[name][-max(1, i // 10) :])}
         results[f"train {name}"] = row
         print(
-            f"  {name:<9} {row['ms']:9.2f} ms a step, {row['steps_per_second']:.2f} it/s, "
-            f"{row['tokens_per_second']:9,.0f} tokens/s" + (f", MFU {mfu:.1%}" if mfu else "")
+            f"  {name:<12} {row['ms']:9.2f} ms a step, {row['steps_per_second']:.2f} it/s, "
+            f"{row['tokens_per_second']:9,.0f} tokens/s" + (f", MFU {row['mfu']:.1%}" if peak else "")
             + f", loss {row['first_loss']:.4f} -> {row['loss']:.4f}"
-            + (f", peak memory {row['peak_memory'] / 2**30:.2f} GiB" if row.get("peak_memory") else "")
+            + (f", peak memory {row['peak_memory'] / 2**30:.2f} GiB" if row["peak_memory"] else "")
         )  # fmt: skip
     compare_with_first("train")
-    if results["peak_memory"]:
-        print(f"peak memory of all of this {results['peak_memory'] / 2**30:.2f} GiB")
 
 if profile:
     with usage_errors():
         os.makedirs("bench_log", exist_ok=True)
     with torch.profiler.profile() as profiler:
         for i in range(5):
-            step["plainGPT"](i)
+            contenders["plainGPT"].train(i)
     sort_by = f"self_{'cuda' if device_type == 'cuda' else 'cpu'}_time_total"
     print(profiler.key_averages().table(sort_by=sort_by, row_limit=20, max_name_column_width=50))
     profiler.export_chrome_trace(os.path.join("bench_log", "trace.json"))
@@ -370,27 +473,28 @@ if profile:
 if decode_tokens > 0:
     bandwidth = memory_bandwidth()
     print(f"generating {decode_tokens} tokens in {dtype}; the memory reads {bandwidth / 1e9:.1f} GB/s")
-    if classic:
-        # one sequence after another, each on its own, is what it does best: it has no cache for a batch to share
-        model, prompt = contenders["classic"].eval(), torch.randint(vocab_size, (1, 1), device=device)
-        with torch.no_grad():
-            model.generate(prompt, 8)
-            rate_of_classic = decode_tokens / timed(model.generate, prompt, decode_tokens)[0]
-        print(f"  classic     1 at once {rate_of_classic:9,.1f} tokens/s")
-    for B in (1, decode_batch):
-        for name, model in ours.items():
-            model.eval().to(ptdtype)
-            looked_up = {id(p) for p in model.looked_up()}
-            bound = bandwidth / sum(p.nbytes for p in model.parameters() if id(p) not in looked_up)
-            prompt = torch.randint(vocab_size, (B, 1), device=device)
-            model.generate(prompt, 8)
-            rate = B * decode_tokens / timed(model.generate, prompt, decode_tokens)[0]
-            results[f"decode {B} {name}"] = {"tokens_per_second": rate, "bound": B * bound}
-            share = f", {rate / bound:.0%} of the bound {bound:,.1f}" if B == 1 else ""
-            print(f"  {name:<9} {B:3} at once {rate:9,.1f} tokens/s{share}")
-        if classic:
-            results[f"decode {B} classic"] = {"tokens_per_second": rate_of_classic}
-        compare_with_first(f"decode {B}")
+    perplexities = {name: [] for name in ours if tokens and int8}
+    for kind in ("decode", *(["int8 decode"] if int8 else [])):
+        players = names if kind == "decode" else ours
+        size = {name: contenders[name].prepare_decoding(kind != "decode") for name in players}
+        for B in (1, decode_batch):
+            for name in players:
+                # nanoGPT has no cache for a batch to share: one sequence after another is what it does best
+                row = results.get(f"{kind} 1 {name}") if name == "classic" else None
+                if not row:
+                    contenders[name].generate(B, 8 if name == "classic" else decode_tokens)  # compiles
+                    rate = B * decode_tokens / contenders[name].generate(B, decode_tokens)
+                    row = {"tokens_per_second": rate, "bound": B * bandwidth / size[name]}
+                results[f"{kind} {B} {name}"] = row
+                rate, bound = row.values()
+                share = f", {rate / bound:.0%} of the bound {bound:,.1f}" if B == 1 else ""
+                print(f"  {name:<12} {kind[:-6]}{B:3} at once {rate:9,.1f} tokens/s{share}")
+            compare_with_first(f"{kind} {B}")
+        for name in perplexities:
+            perplexities[name].append(contenders[name].perplexity())
+    for name, (before, after) in perplexities.items():
+        results[f"int8 perplexity {name}"] = {dtype: before, "int8": after}
+        print(f"  {name}: perplexity {before:.4f}, with int8 weights {after:.4f} ({after / before - 1:+.3%})")
 
 if json:
     with usage_errors(), open(json, "w", encoding="utf-8") as f:

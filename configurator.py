@@ -207,12 +207,13 @@ def print_help(script):
 # device and dtype
 
 
-def pick_device(device="auto", dtype="auto"):
+def pick_device(device="auto", dtype="auto", tuned=True):
     """Resolve 'auto' to what this machine does best, and set PyTorch up for it; returns (device, dtype, what was
     chosen and why, in a line).
 
     device: cuda, cuda:1 ..., mps or cpu. dtype: float32, bfloat16 or float16, the type that matrix products are
-    computed in. Exits with one line for a device that is not here or a name that is none.
+    computed in. tuned=False leaves PyTorch as it comes, to measure what others do with it. Exits with one line for a
+    device that is not here or a name that is none.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -241,7 +242,8 @@ def pick_device(device="auto", dtype="auto"):
         native = cpu_multiplies_bfloat16()
         best, why = ("bfloat16", "AVX512-BF16 or AMX") if native else ("float32", "no fast bfloat16 on this CPU")
         name = f"{torch.get_num_threads()} threads"
-        keep_freed_memory()
+        if tuned:
+            keep_freed_memory()
         if dtype == "float16":
             dtype, best, why = "auto", "float32", "CPUs are slow in float16"
     if dtype == "auto":

@@ -178,11 +178,23 @@ class KVCache:
     def append(self, k, v):
         """Store k and v, (B, H, T, D), behind those already here; returns all, (B, H, S, D)."""
         if self.length == 0:
-            self.k, self.v = (t.new_empty(*t.shape[:2], self.size, t.size(3)) for t in (k, v))
+            self.k, self.v = (t.new_zeros(*t.shape[:2], self.size, t.size(3)) for t in (k, v))
         start, self.length = self.length, self.length + k.size(2)
         self.k[:, :, start : self.length] = k
         self.v[:, :, start : self.length] = v
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+    def next(self, q, k, v, position):
+        """Attention of one more token's q, (B, H, 1, D), with its k and v stored at position, (1,). It has the same
+        shapes at every position, and is made of sums that a compiler does in few passes over the memory."""
+        self.k.index_copy_(2, position, k)
+        self.v.index_copy_(2, position, v)
+        B, H, _, D = q.shape
+        k, v, q = self.k.unsqueeze(2), self.v.unsqueeze(2), q.view(B, k.size(1), -1, 1, D)  # heads that share k and v
+        scores = (q.float() * k).sum(dim=-1) / math.sqrt(D)
+        beyond = torch.arange(self.size, device=q.device) > position
+        probs = scores.masked_fill(beyond, -math.inf).softmax(dim=-1)
+        return (probs.unsqueeze(-1) * v).sum(dim=-2).to(v.dtype).view(B, H, 1, D)
 
 
 def attention(q, k, v, dropout=0.0):
@@ -233,6 +245,28 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
+class Int8Linear(nn.Module):
+    """A Linear's weights as integers from -127 to 127, times a scale for each row: less to read for each token that is
+    generated. Half as much as bfloat16's, and all in all a little less exact."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight, self.bias = linear.weight.detach().float(), linear.bias
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+        self.register_buffer("weight", (weight / scale.unsqueeze(1)).round().to(torch.int8))  # (out, in)
+        self.register_buffer("scale", scale.to(linear.weight.dtype))
+
+    def forward(self, x):
+        rows = x.numel() // x.size(-1)
+        # PyTorch's kernel for few rows reads whole blocks of the weights; compilers have better ones
+        blocks = all(size % 64 == 0 for size in self.weight.shape) and not torch.compiler.is_compiling()
+        if blocks and x.is_cpu and x.dtype == torch.bfloat16 and rows <= 16:
+            y = torch._weight_int8pack_mm(x.view(rows, -1), self.weight, self.scale).view(*x.shape[:-1], -1)
+        else:
+            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        return y if self.bias is None else y + self.bias
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -244,7 +278,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.dropout = config.dropout
 
-    def forward(self, x, rope=None, cache=None):
+    def forward(self, x, rope=None, cache=None, position=None):
         B, T, C = x.size()
         qkv = self.c_attn(x).view(B, T, sum(self.heads), -1).transpose(1, 2)
         if qkv.is_cpu and qkv.requires_grad:
@@ -253,9 +287,12 @@ class CausalSelfAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, S, D)
-        y = attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        if position is not None:
+            y = cache.next(q, k, v, position)  # (B, H, 1, D)
+        else:
+            if cache is not None:
+                k, v = cache.append(k, v)  # (B, H, S, D)
+            y = attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, -1)
         return self.resid_dropout(self.c_proj(y))
 
@@ -281,8 +318,8 @@ class Block(nn.Module):
         self.ln_2 = NORMS[config.norm](config.n_embd, config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope=None, cache=None):
-        x = x + self.attn(self.ln_1(x), rope, cache)
+    def forward(self, x, rope=None, cache=None, position=None):
+        x = x + self.attn(self.ln_1(x), rope, cache, position)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -353,7 +390,12 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
         beyond = probs.cumsum(dim=-1) - probs >= top_p  # what precedes the token already reaches p
         beyond[:, 0] = False  # one is left even where top_p is 0.0 in float32
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(-1)
+    # one random number a row picks from the probabilities laid end to end; torch.multinomial draws one for every token
+    ends = logits.softmax(dim=-1).cumsum(dim=-1)
+    drawn = (
+        torch.rand(len(ends), 1, device=ends.device, generator=generator) * ends[:, -1:]
+    )  # always below the last end
+    return torch.searchsorted(ends, drawn, right=True).squeeze(-1)
 
 
 # -----------------------------------------------------------------------------
@@ -376,6 +418,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie()
         self.init_weights()
+        self.compiled_step = None  # by compile_generation()
         self.gradient_checkpointing = False  # for training: each block's inputs are kept, the rest is computed again
 
     def tie(self):
@@ -407,21 +450,25 @@ class GPT(nn.Module):
 
     def looked_up(self):
         """The weights of which a token reads one row, and that take part in no matrix product."""
-        return self.positions() + ([] if self.config.tied else [self.transformer.wte.weight])
+        shared = self.lm_head.weight is self.transformer.wte.weight
+        return self.positions() + ([] if shared else [self.transformer.wte.weight])
 
-    def forward(self, idx, targets=None, caches=None, return_logits=True):
+    def forward(self, idx, targets=None, caches=None, return_logits=True, position=None):
         """Token ids idx, (B, T), to (logits, loss).
 
         With targets, (B, T): logits of all positions, (B, T, V), and the mean cross-entropy in nats over the targets
         that are not -1. return_logits=False gives None for the logits, which then never lie in memory all at once.
         Without targets: logits of the last position alone, (B, 1, V), and None. caches, one KVCache a layer: idx
-        continues what they hold, and is added to them. ValueError where it all exceeds block_size.
+        continues what they hold, and is added to them; or, with its position, (1,), idx is one token that is put there.
+        ValueError where it all exceeds block_size.
         """
         B, T = idx.size()
-        start = caches[0].length if caches else 0
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} tokens do not fit the model's block_size of {self.config.block_size}")
-        positions = torch.arange(start, start + T, device=idx.device)
+        positions = position
+        if positions is None:
+            start = caches[0].length if caches else 0
+            if start + T > self.config.block_size:
+                raise ValueError(f"{start + T} tokens do not fit the model's block_size of {self.config.block_size}")
+            positions = torch.arange(start, start + T, device=idx.device)
         x, rope = self.transformer.wte(idx), None  # (B, T, C)
         if self.transformer.wpe is None:
             rope = rope_angles(positions, self.config)
@@ -432,7 +479,7 @@ class GPT(nn.Module):
             if self.gradient_checkpointing and self.training:
                 x = recompute(block, x, rope, use_reentrant=False)
             else:
-                x = block(x, rope, caches[i] if caches else None)
+                x = block(x, rope, caches[i] if caches else None, position)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
@@ -460,13 +507,20 @@ class GPT(nn.Module):
         size = self.config.block_size
         if not 1 <= slide <= size:
             raise ValueError(f"slide must lie between 1 and block_size ({size}), not {slide}")
-        window, caches = idx[:, -size:], None
+        # the last token needs no room; a compiled step is compiled anew for every other size
+        room = idx.size(1) + max_new_tokens - 1
+        room = min(size, -(-room // 256) * 256 if self.compiled_step else room)
+        window, token, caches = idx[:, -size:], None, None
         stopped = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             if window.size(1) > size:
                 window, caches = window[:, slide:], None
-            caches = caches or [KVCache(min(size, idx.size(1) + max_new_tokens)) for _ in self.transformer.h]
-            logits, _ = self(window[:, caches[0].length :], caches=caches)  # first the prompt, then one token each
+            if caches and self.compiled_step:
+                position = torch.tensor([window.size(1) - 1], device=idx.device)
+                logits, _ = self.compiled_step(token[:, None], caches=caches, position=position)
+            else:
+                caches = caches or [KVCache(room) for _ in self.transformer.h]
+                logits, _ = self(window[:, caches[0].length :], caches=caches)  # first the prompt, then one token each
             token = sample_next(logits[:, -1], temperature, top_k, top_p, generator)
             if stop is not None:
                 token = token.masked_fill(stopped, stop)
@@ -475,6 +529,24 @@ class GPT(nn.Module):
             if stop is not None and stopped.all():
                 return
             window = torch.cat((window, token[:, None]), dim=1)
+
+    def quantize(self):
+        """Turn the weights of all matrix products into 8-bit integers, for generation alone. A tied output layer gets
+        such weights of its own."""
+        for module in list(self.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, Linear):
+                    setattr(module, name, Int8Linear(child))
+
+    def compile_generation(self):
+        """Compile the step that generates a token, for weights that stay as they are: on GPUs it becomes one launch, on
+        CPUs the weights are copied in the order in which the fastest of some matrix products reads them. Half a minute
+        for the first token, and seconds for others of another batch size or for every 256 positions."""
+        if self.lm_head.weight.is_cpu:
+            how = dict(options={"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"})
+        else:
+            how = dict(mode="reduce-overhead")
+        self.compiled_step = torch.compile(self.forward, dynamic=False, **how)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **sampling):
         """idx, (B, T), and what stream() yields behind it: (B, T + up to max_new_tokens)."""
@@ -596,16 +668,21 @@ class GPT(nn.Module):
 
     # ---- training
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, muon=False, dtype=torch.float32):
         """AdamW in two groups: matrices and embeddings decay, biases and norms do not. Fused into one kernel where
-        the device has it."""
+        the device has it. With muon, the blocks' matrices go to Muon, which computes in dtype."""
         params = [p for p in self.parameters() if p.requires_grad]
+        hidden = {id(p) for p in self.transformer.h.parameters() if p.dim() == 2} if muon else set()
         groups = [
-            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() >= 2 and id(p) not in hidden], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
         ]
         fused = device_type in ("cuda", "cpu")  # on mps it would apply the steps that loss scaling wants skipped
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+        options = dict(lr=learning_rate, betas=betas, fused=fused)
+        if not muon:
+            return torch.optim.AdamW(groups, **options)
+        matrices = {"params": [p for p in params if id(p) in hidden], "weight_decay": weight_decay, "momentum": 0.95}
+        return Muon([*groups, matrices], dtype, **options)
 
     def flops_per_token(self, T=None):
         """Floating-point operations that training on one of T tokens (block_size by default) takes: 6 for each weight
@@ -624,6 +701,56 @@ class GPT(nn.Module):
         return peak and self.flops_per_token(T) * T * fwdbwd_per_iter / dt / peak
 
 
+@torch.no_grad()
+def orthogonalized(matrices):
+    """The nearest matrices, (n, rows, columns), whose singular values are all about 1 (0.7 to 1.2): five steps of a
+    Newton-Schulz iteration that costs matrix products alone (https://kellerjordan.github.io/posts/muon)."""
+    tall = matrices.size(1) > matrices.size(2)
+    X = matrices.mT if tall else matrices
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most 1
+    for _ in range(5):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
+        X = torch.baddbmm(X, B, X, beta=3.4445)  # each singular value s becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5
+    return X.mT if tall else X
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW whose groups with a momentum take Muon's steps instead: the momentum of a matrix's gradients with its
+    singular values set to 1, so that the step is as long in all directions. Scaled to the length of AdamW's steps
+    (https://arxiv.org/abs/2502.16982), so that learning rate and decay mean the same for both."""
+
+    def __init__(self, groups, dtype, **options):
+        super().__init__(groups, **options)
+        self.dtype = dtype
+        self._step_supports_amp_scaling = False  # let the scaler of float16 itself skip the steps that overflow
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        every = self.param_groups
+        self.param_groups = [group for group in every if "momentum" not in group]
+        super().step()
+        self.param_groups = every
+        for group in every:
+            if "momentum" in group:
+                self.orthogonal_step(**group)
+
+    def orthogonal_step(self, params, lr, weight_decay, momentum, **_):
+        batches = {}  # matrices of the same shape are multiplied together; sharded ones are gathered one by one
+        for p in params:
+            state, sharded = self.state[p], hasattr(p, "full_tensor")
+            if not state:
+                state.update(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(p))
+            state["step"] += 1  # AdamW wants one in every state that it loads
+            update = p.grad.lerp(state["momentum_buffer"].lerp_(p.grad, 1 - momentum), momentum)  # Nesterov's
+            batches.setdefault(p if sharded else p.shape, []).append((p, update))
+        for batch in batches.values():
+            whole = [update.full_tensor() if hasattr(update, "full_tensor") else update for _, update in batch]
+            length = lr * 0.2 * math.sqrt(max(whole[0].shape))
+            for (p, _), update in zip(batch, orthogonalized(torch.stack(whole).to(self.dtype)), strict=True):
+                p.mul_(1 - lr * weight_decay).sub_(like(p, update), alpha=length)
+
+
 def like(place, tensor):
     """A copy of tensor that lies as the parameter place does, in whose shape it is: where FSDP has sharded that, only
     this process's rows."""
@@ -635,26 +762,25 @@ def like(place, tensor):
     return copy
 
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of each parameter
+MOMENTS = {False: ("exp_avg", "exp_avg_sq"), True: ("momentum_buffer",)}  # what AdamW and Muon keep of a parameter
 
 
 def load_optimizer(optimizer, saved):
     """Give the optimizer the state of a checkpoint, while learning rate, decay and betas stay its own. ValueError if
     the state is of another model: fused kernels would read and write past the end of tensors of another shape."""
     groups = optimizer.state_dict()["param_groups"]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = [(p, MOMENTS["momentum" in group]) for group in optimizer.param_groups for p in group["params"]]
     try:
         fits = [g["params"] for g in groups] == [g["params"] for g in saved["param_groups"]]
         fits = fits and set(saved["state"]) in (set(), set(range(len(params))))
-        for i, state in saved["state"].items():
-            fits = fits and torch.as_tensor(state["step"]).dim() == 0
-            for moment in (state[name] for name in MOMENTS):
-                fits = fits and is_plain(moment) and moment.shape == params[i].shape
+        state = {}
+        for i, s in saved["state"].items() if fits else ():
+            p, moments = params[i]
+            fits = fits and all(is_plain(s[name]) and s[name].shape == p.shape for name in moments)
+            fits = fits and torch.as_tensor(s["step"]).dim() == 0
+            if fits:
+                state[i] = {"step": torch.tensor(float(s["step"])), **{name: like(p, s[name]) for name in moments}}
         if fits:
-            state = {
-                i: {"step": torch.tensor(float(s["step"])), **{k: like(params[i], s[k]) for k in MOMENTS}}
-                for i, s in saved["state"].items()
-            }
             return optimizer.load_state_dict({"state": state, "param_groups": groups})
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         pass

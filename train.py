@@ -87,7 +87,8 @@ n_kv_head = 0  # heads of keys and values, each shared by a group of query heads
 qk_norm = False  # normalise queries and keys
 tied = True  # the output layer shares the weights of the token embeddings
 gradient_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
-# AdamW
+# optimizer
+muon = False  # Muon for the matrices of the blocks and AdamW for the rest; False: AdamW for all
 learning_rate = 6e-4  # peak, after the warmup
 max_iters = 600000  # steps in all
 weight_decay = 1e-1
@@ -283,7 +284,7 @@ with usage_errors():
         fully_shard(model, mesh=mesh)  # the rest
     else:
         model.to(device)
-    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type)
+    optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, muon, ptdtype)
 
 byte_lengths = torch.zeros(model.config.vocab_size, dtype=torch.int64)  # of the text that each token stands for
 if tokenizer:

@@ -54,7 +54,7 @@ def tiny_run(tiny, tmp_path):
 
 
 @pytest.fixture
-def script(capsys, monkeypatch):
+def script(capfd, monkeypatch):
     """script("train.py", "--flag=value", ...) runs it in this process: a namespace of code, out and err."""
 
     def run(name, *args):
@@ -62,7 +62,7 @@ def script(capsys, monkeypatch):
         monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
         names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGPIPE") if hasattr(signal, name)]
         handlers = {name: signal.getsignal(getattr(signal, name)) for name in names}
-        capsys.readouterr()
+        capfd.readouterr()
         code = 0
         try:
             runpy.run_path(str(ROOT / name), run_name="__main__")
@@ -72,7 +72,7 @@ def script(capsys, monkeypatch):
             for name, handler in handlers.items():
                 signal.signal(getattr(signal, name), handler)
             torch.set_grad_enabled(True)
-        out, err = capsys.readouterr()
+        out, err = capfd.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)
 
     return run

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, GPTConfig, KVCache, peak_flops, rms_norm, rope_angles, rotate, sample_next
+from model import GPT, GPTConfig, KVCache, orthogonalized, peak_flops, rms_norm, rope_angles, rotate, sample_next
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 ARCHITECTURES = [
@@ -75,6 +75,39 @@ def test_the_model_is_causal(settings):
     assert not torch.allclose(a[:, 10], b[:, 10])
 
 
+@pytest.mark.parametrize("settings", ARCHITECTURES)
+@torch.no_grad()
+def test_the_step_that_is_compiled_gives_the_same_tokens(settings):
+    model, idx = small(**settings), torch.randint(61, (3, 4))
+    draw = lambda: dict(slide=5, generator=torch.Generator().manual_seed(7))  # noqa: E731
+    expected, positions = model.generate(idx, 40, **draw()), []
+
+    def step(token, caches, position):
+        positions.append(position.item())
+        assert token.shape == (3, 1) and caches[0].k.size(2) == 16
+        return model(token, caches=caches, position=position)
+
+    model.compiled_step = step
+    assert model.generate(idx, 40, **draw()).tolist() == expected.tolist()
+    assert positions[:12] == list(range(4, 16)) and len(positions) > 30
+
+
+@pytest.mark.parametrize("settings", ARCHITECTURES)
+@torch.no_grad()
+def test_weights_of_8_bits_say_nearly_the_same(settings):
+    model, idx = small(**settings | dict(n_embd=64, vocab_size=64)), torch.randint(61, (3, 16))
+    (logits, loss), count = model(idx, idx), model.get_num_params()
+    model.quantize()
+    matrices = [b for b in model.buffers() if b.dtype == torch.int8]
+    assert len(matrices) == 2 * 4 + 1 and sum(b.numel() for b in matrices) > 0.8 * count
+    for _ in range(2):  # in float32, then in bfloat16, which has a kernel for few rows
+        again, loss_again = model(idx, idx)
+        assert 0 < (again - logits).abs().max() < 0.05 * logits.abs().max() and abs(loss_again - loss) < 0.05
+        few, _ = model(idx[:1, :4])
+        torch.testing.assert_close(few[0, -1].float(), logits[0, 3], atol=0.05 * logits.abs().max().item(), rtol=0)
+        model.to(torch.bfloat16)
+
+
 def test_stream_ends_when_every_row_has_stopped():
     model, idx = small(), torch.randint(61, (4, 3))
     draw = lambda **extra: dict(generator=torch.Generator().manual_seed(3), **extra)  # noqa: E731
@@ -108,6 +141,42 @@ def test_every_parameter_has_one_optimizer_group_and_matrices_decay(settings):
     assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
     assert {p.dim() for p in groups[0]["params"]} == {2} and groups[0]["weight_decay"] == 0.1
     assert {p.dim() for p in groups[1]["params"]} == {1} and groups[1]["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize("settings", ARCHITECTURES)
+def test_muon_equals_pytorchs_and_takes_the_matrices_of_the_blocks(settings):
+    a, b = small(**settings), small(**settings)
+    ours = a.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu", muon=True, dtype=torch.bfloat16)
+    grouped = [p for group in ours.param_groups for p in group["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}) == len(list(a.parameters()))
+    hidden = [p for p in b.transformer.h.parameters() if p.dim() == 2]
+    assert [p.shape for p in ours.param_groups[2]["params"]] == [p.shape for p in hidden]
+    rest = [p for p in b.parameters() if not any(p is q for q in hidden)]
+    decay = [{"params": [p for p in rest if (p.dim() == 2) == matrix], "weight_decay": 0.1 * matrix} for matrix in (1, 0)]
+    theirs = [
+        torch.optim.AdamW(decay, lr=1e-2, betas=(0.9, 0.95)),
+        torch.optim.Muon(hidden, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for step in range(5):
+        torch.manual_seed(step)
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for optimizer in (ours, *theirs):
+            optimizer.step()
+    for p, q, start in zip(a.parameters(), b.parameters(), small(**settings).parameters(), strict=True):
+        moved = (q - start).square().mean().sqrt().item()  # Newton-Schulz in bfloat16 differs with the order of sums
+        torch.testing.assert_close(p, q, atol=0.1 * moved, rtol=0)
+
+
+def test_orthogonalized_matrices_keep_their_directions():
+    torch.manual_seed(0)
+    for shape in ((3, 8, 20), (3, 20, 8), (1, 8, 8)):
+        matrices = torch.randn(shape)
+        u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+        s = u.mT @ orthogonalized(matrices) @ vh.mT  # in the matrix's own singular directions
+        diagonal = s.diagonal(dim1=1, dim2=2)
+        assert 0.6 < diagonal.min() and diagonal.max() < 1.3 and (s - torch.diag_embed(diagonal)).abs().max() < 1e-4
 
 
 def test_fused_adamw_equals_the_plain_one():
@@ -187,6 +256,25 @@ def test_gradients_of_attention_in_bfloat16_are_close_to_float32():
             model(idx[:, :-1], idx[:, 1:])[1].backward()
         grads[enabled] = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert torch.nn.functional.cosine_similarity(grads[True], grads[False], dim=0) > 0.999
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(tied=False, vocab_size=50304)])
+def test_the_loss_without_logits_equals_that_with_them(settings):
+    """The larger vocabulary takes several pieces, and several tiles in each."""
+    results = []
+    for return_logits in (True, False):
+        model, count = small(**settings), 1500 if settings else 64
+        idx = torch.randint(61, (count // 4, 5), generator=torch.Generator().manual_seed(1))
+        targets = idx[:, 1:].clone()
+        targets[0] = targets[5, 2] = -1
+        logits, loss = model(idx[:, :-1], targets, return_logits=return_logits)
+        assert (logits is None) == (not return_logits)
+        with torch.no_grad():
+            assert model(idx[:, :-1], targets, return_logits=return_logits)[1] == loss
+        (3 * loss).backward()
+        results.append((loss, *(p.grad for p in model.parameters())))
+    for with_logits, without in zip(*results, strict=True):
+        torch.testing.assert_close(without, with_logits, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("settings", ARCHITECTURES)

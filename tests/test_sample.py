@@ -97,9 +97,10 @@ def test_a_path_to_a_checkpoint(sample, trained):
     assert sample(f"--init_from={trained}", "--out_dir=nowhere", *flags).out == expected
 
 
-def test_dtypes_and_compile(sample):
+def test_dtypes_8_bit_weights_and_compile(sample):
     flags = ["--start=Call me Ish", "--max_new_tokens=20", "--num_samples=1", "--temperature=0"]
     assert sample(*flags, "--dtype=bfloat16").out.startswith(TEXT[:30])
+    assert sample(*flags, "--int8").out.startswith(TEXT[:30])
     if not shutil.which("g++"):
         pytest.skip("no g++ to compile with")
     result = sample(*flags, "--compile")

@@ -173,7 +173,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(train, tiny_run, fini
 
 
 def test_a_modern_run_resumes_to_the_uninterrupted_run(train, tiny_run, tmp_path):
-    flags = [*tiny_run.flags, ROOT / "config" / "modern.py", "--qk_norm", "--n_hidden=40"]
+    flags = [*tiny_run.flags, ROOT / "config" / "modern.py", "--qk_norm", "--n_hidden=40", "--muon"]
     train(flags)
     halves = f"--out_dir={tmp_path / 'halves'}"
     train(flags, halves, "--max_iters=10")
@@ -181,8 +181,11 @@ def test_a_modern_run_resumes_to_the_uninterrupted_run(train, tiny_run, tmp_path
     whole = read_checkpoint(tiny_run.out / LATEST)
     assert_same_state(whole, read_checkpoint(tmp_path / "halves" / LATEST))
     assert whole["model_args"]["norm"] == "rmsnorm" and whole["model_args"]["n_kv_head"] == 1
-    refused = train(flags, halves, "--init_from=resume", "--mlp=relu2", code=2)
-    assert "mlp=relu2 was given, but the model of resume has swiglu" in refused.err
+    for changed, message in (
+        ("--mlp=relu2", "mlp=relu2 was given, but the model of resume has swiglu"),
+        ("--muon=False", "the optimizer state is of another model or optimizer"),
+    ):
+        assert message in train(flags, halves, "--init_from=resume", changed, code=2).err
 
 
 def test_dropout_is_on_after_an_evaluation(train, tiny_run):
@@ -711,11 +714,14 @@ def test_two_processes_train_like_one_wherever_they_are_killed(train, torchrun, 
     assert (tiny_run.out / "exit_code").read_text() == "0\n"
 
 
-def test_sharded_processes_train_like_one_and_share_their_checkpoints(torchrun, train, tiny_run, finished, tmp_path):
+def test_sharded_processes_train_like_one_and_share_their_checkpoints(torchrun, train, tiny_run, tmp_path):
+    flags = [*tiny_run.flags, "--muon"]
+    train(flags)
+    finished = read_checkpoint(tiny_run.out / LATEST)
     folders = {name: tmp_path / name for name in ("sharded", "again", "alone")}
 
     def shard(name):
-        job = torchrun("train.py", *tiny_run.flags, "--fsdp", "--gradient_checkpointing", "--init_from=auto",
+        job = torchrun("train.py", *flags, "--fsdp", "--gradient_checkpointing", "--init_from=auto",
                        f"--out_dir={folders[name]}")  # fmt: skip
         _, err = job.communicate(timeout=120)
         assert job.returncode == 0, err
@@ -739,7 +745,7 @@ def test_sharded_processes_train_like_one_and_share_their_checkpoints(torchrun, 
     os.truncate(folders["again"] / LATEST, 1000)
     assert_same_state(sharded, shard("again"))
     os.replace(folders["alone"] / PREVIOUS, folders["alone"] / LATEST)
-    train(tiny_run.flags, "--init_from=resume", f"--out_dir={folders['alone']}")
+    train(flags, "--init_from=resume", f"--out_dir={folders['alone']}")
     assert_close(read_checkpoint(folders["alone"] / LATEST))
 
 
