@@ -111,10 +111,8 @@ tokens = {}
 if real_data:
     try:
         data = Dataset(os.path.join("data", dataset))
-        splits, vocab_size = (
-            {name: data.split(name) for name in ("train", "val")},
-            padded(data.vocab_size or vocab_size),
-        )
+        vocab_size = padded(data.vocab_size or vocab_size)
+        splits = {name: data.split(name) for name in ("train", "val")}
         with usage_errors():
             for split in splits.values():
                 split.check(block_size, vocab_size)
@@ -183,7 +181,7 @@ class Contender:
 
     def __init__(self, name):
         """plainGPT, one of compare's settings, classic or transformers. Exits with one line if it cannot be built."""
-        self.name, self.forward = name, None
+        self.name, self.forward, self.settings = name, None, settings
         with usage_errors():
             if name == "classic":
                 self.model = build_classic(classic)
@@ -193,7 +191,8 @@ class Contender:
                 self.model = build(settings)
             else:  # on the same batches
                 found = read_config(compare, {**globals(), **settings}, settings)
-                self.model = build({**settings, **found, "block_size": block_size})
+                self.settings = {**settings, **found, "block_size": block_size}
+                self.model = build(self.settings)
             self.model.to(device)
 
     def describe(self):
@@ -204,12 +203,12 @@ class Contender:
         return {"config": shape.to_dict(), "parameters": count, "cache_bytes_per_token": cache, "flops": flops}
 
     def train(self, i):
-        """(seconds, loss) of step i, as train.py takes it."""
+        """Step i, as train.py takes it: its seconds, those of them that its data took, and its loss."""
         if not self.forward:
             self.forward = torch.compile(self.model, dynamic=False) if compile else self.model
             # nanoGPT computes in float32 on CPUs, whatever its dtype
             self.precision = contextlib.nullcontext() if foreign and device_type == "cpu" else autocast
-            options = {} if foreign else dict(muon=settings["muon"], dtype=ptdtype)
+            options = {} if foreign else dict(muon=self.settings["muon"], dtype=ptdtype)
             betas = (0.9, 0.95)
             self.optimizer = self.model.configure_optimizers(0.1, learning_rate, betas, device_type, **options)
             self.scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
@@ -217,6 +216,7 @@ class Contender:
         start = time.perf_counter()
         starts = train_windows(len(tokens["train"]), block_size, seed, i * batch_size, batch_size) if tokens else 0
         X, Y = get_batch("train", starts if tokens else range(batch_size))
+        data_seconds = time.perf_counter() - start
         with self.precision:
             _, loss = self.forward(X, Y) if foreign else self.forward(X, Y, return_logits=False)
         self.scaler.scale(loss).backward()
@@ -226,7 +226,7 @@ class Contender:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         loss = loss.item()
-        return time.perf_counter() - start, loss
+        return time.perf_counter() - start, data_seconds, loss
 
     def peak_memory(self):
         """Bytes: of tensors on a CUDA device, else of the whole process; None where the system does not say."""
@@ -429,14 +429,13 @@ def compare_with_first(kind):
 
 if steps > 0:
     learners = [name for name in names if name != "transformers"]
-    first_losses = {name: contenders[name].train(0)[1] for name in learners}
-    times, losses = ({name: [] for name in learners} for _ in range(2))
+    first_losses = {name: contenders[name].train(0)[-1] for name in learners}
+    times, data_times, losses = ({name: [] for name in learners} for _ in range(3))
     begin = time.perf_counter()
     for i in range(1, steps + 1):
         for name in learners:
-            dt, loss = contenders[name].train(i)
-            times[name].append(dt)
-            losses[name].append(loss)
+            for column, value in zip((times, data_times, losses), contenders[name].train(i), strict=True):
+                column[name].append(value)
         if i >= 3 and time.perf_counter() - begin > seconds:
             break
     peak, source = peak_flops(device, ptdtype)
@@ -449,12 +448,13 @@ if steps > 0:
         row = {"ms": dt * 1e3, "steps_per_second": 1 / dt, "tokens_per_second": batch_size * block_size / dt}
         flops = results["models"].get(name, results["models"]["plainGPT"])["flops"]
         row |= {"mfu": peak and flops * row["tokens_per_second"] / peak, "peak_memory": contenders[name].peak_memory()}
+        row["data_share"] = sum(data_times[name]) / sum(times[name])
         row |= {"first_loss": first_losses[name], "loss": statistics.mean(losses[name][-max(1, i // 10) :])}
         results[f"train {name}"] = row
         print(
             f"  {name:<12} {row['ms']:9.2f} ms a step, {row['steps_per_second']:.2f} it/s, "
             f"{row['tokens_per_second']:9,.0f} tokens/s" + (f", MFU {row['mfu']:.1%}" if peak else "")
-            + f", loss {row['first_loss']:.4f} -> {row['loss']:.4f}"
+            + f", data {row['data_share']:.1%}, loss {row['first_loss']:.4f} -> {row['loss']:.4f}"
             + (f", peak memory {row['peak_memory'] / 2**30:.2f} GiB" if row["peak_memory"] else "")
         )  # fmt: skip
     compare_with_first("train")

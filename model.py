@@ -50,11 +50,25 @@ def swiglu(x):
     return F.silu(gate) * up
 
 
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)**2 (https://arxiv.org/abs/2109.08668) in half of the passes over memory that autograd would make."""
+
+    @staticmethod
+    def forward(ctx, x):
+        positive = F.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad * ctx.saved_tensors[0]).mul_(2)
+
+
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),  # as OpenAI's GPT-2 has it
     "swiglu": swiglu,
-    "relu2": lambda x: F.relu(x).square(),  # https://arxiv.org/abs/2109.08668
+    "relu2": SquaredReLU.apply,
 }
 
 
@@ -489,7 +503,7 @@ class GPT(nn.Module):
             x, weight = x.view(B * T, -1), self.lm_head.weight
             return None, LinearCrossEntropy.apply(x, weight, targets.reshape(-1), torch.is_grad_enabled())
         logits = self.lm_head(x)  # (B, T, V)
-        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1), ignore_index=-1)
         return logits, loss
 
     # ---- generation
@@ -543,7 +557,10 @@ class GPT(nn.Module):
         CPUs the weights are copied in the order in which the fastest of some matrix products reads them. Half a minute
         for the first token, and seconds for others of another batch size or for every 256 positions."""
         if self.lm_head.weight.is_cpu:
-            how = dict(options={"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"})
+            from torch._inductor import config
+
+            config.freezing = True  # of graphs without gradients; torch.compile has no option for it
+            how = dict(options={"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"})
         else:
             how = dict(mode="reduce-overhead")
         self.compiled_step = torch.compile(self.forward, dynamic=False, **how)

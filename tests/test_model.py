@@ -5,7 +5,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, GPTConfig, KVCache, orthogonalized, peak_flops, rms_norm, rope_angles, rotate, sample_next
+from model import (
+    ACTIVATIONS,
+    GPT,
+    GPTConfig,
+    KVCache,
+    orthogonalized,
+    peak_flops,
+    rms_norm,
+    rope_angles,
+    rotate,
+    sample_next,
+)
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
 ARCHITECTURES = [
@@ -152,7 +163,9 @@ def test_muon_equals_pytorchs_and_takes_the_matrices_of_the_blocks(settings):
     hidden = [p for p in b.transformer.h.parameters() if p.dim() == 2]
     assert [p.shape for p in ours.param_groups[2]["params"]] == [p.shape for p in hidden]
     rest = [p for p in b.parameters() if not any(p is q for q in hidden)]
-    decay = [{"params": [p for p in rest if (p.dim() == 2) == matrix], "weight_decay": 0.1 * matrix} for matrix in (1, 0)]
+    decay = [
+        {"params": [p for p in rest if (p.dim() == 2) == matrix], "weight_decay": 0.1 * matrix} for matrix in (1, 0)
+    ]
     theirs = [
         torch.optim.AdamW(decay, lr=1e-2, betas=(0.9, 0.95)),
         torch.optim.Muon(hidden, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
@@ -290,6 +303,17 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients(settings):
         losses.append(loss.item())
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert losses[0] == losses[1] and torch.equal(*grads)
+
+
+def test_squared_relu_and_its_gradient_equal_pytorchs():
+    results = []
+    for activation in (ACTIVATIONS["relu2"], lambda x: torch.nn.functional.relu(x).square()):
+        torch.manual_seed(0)
+        x = torch.randn(5, 7, requires_grad=True)
+        activation(x).backward(torch.randn(5, 7))
+        results.append((activation(x), x.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_rms_norm_and_its_gradients_equal_pytorchs():
