@@ -293,7 +293,6 @@ class Elsewhere:
         command = [sys.executable, __file__, *sys.argv[1:]]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.process = subprocess.Popen(command, env={**os.environ, "PLAINGPT_CONTENDER": name}, **pipes)
-        self.answer()
 
     def answer(self):
         if not (line := self.process.stdout.readline()):
@@ -410,6 +409,8 @@ if plan:
 names = ["plainGPT", *([os.path.splitext(os.path.basename(compare))[0]] if compare else [])]
 names += ["classic"] * bool(classic) + ["transformers"] * transformers
 contenders = {name: (Elsewhere if len(names) > 1 else Contender)(name) for name in names}
+for other in contenders.values() if len(names) > 1 else ():
+    other.answer()  # that it is ready
 ours = [name for name in names if name not in ("classic", "transformers")]
 results = {"device": device_line, "dtype": dtype, "compile": compile, "torch": torch.__version__}
 results |= {"batch_size": batch_size, "models": {name: contenders[name].describe() for name in ours}}

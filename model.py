@@ -557,13 +557,13 @@ class GPT(nn.Module):
         CPUs the weights are copied in the order in which the fastest of some matrix products reads them. Half a minute
         for the first token, and seconds for others of another batch size or for every 256 positions."""
         if self.lm_head.weight.is_cpu:
-            from torch._inductor import config
+            from torch._inductor import config  # torch.compile has no option for freezing
 
-            config.freezing = True  # of graphs without gradients; torch.compile has no option for it
-            how = dict(options={"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"})
+            options = {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
+            step = torch.compile(self.forward, dynamic=False, options=options)
+            self.compiled_step = config.patch(freezing=True)(step)
         else:
-            how = dict(mode="reduce-overhead")
-        self.compiled_step = torch.compile(self.forward, dynamic=False, **how)
+            self.compiled_step = torch.compile(self.forward, dynamic=False, mode="reduce-overhead")
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **sampling):
         """idx, (B, T), and what stream() yields behind it: (B, T + up to max_new_tokens)."""

@@ -1,5 +1,5 @@
-# The miniature GPT of train_shakespeare_char_cpu.py with what was found since: Muon, rotary positions, normalised queries
-# and keys, squared ReLU, a few wide layers and more tokens a step.
+# The miniature GPT of train_shakespeare_char_cpu.py with what was found since: Muon, rotary positions, normalised
+# queries and keys, squared ReLU, and more tokens a step.
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/shakespeare_char_fast.py
 #   python sample.py --out_dir=out-shakespeare-char-fast

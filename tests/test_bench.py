@@ -55,7 +55,7 @@ def test_in_turns_with_another_model(script, tiny, tmp_path):
 
 def test_two_configurations_side_by_side(script, tiny, tmp_path):
     path = tmp_path / "bench.json"
-    flags = [f"--dataset={tiny}", "--steps=200", "--decode_tokens=20", "--compare=config/modern.py", f"--json={path}"]
+    flags = [f"--dataset={tiny}", "--steps=100", "--decode_tokens=20", "--compare=config/modern.py", f"--json={path}"]
     result = script("bench.py", *FLAGS, *flags)
     assert result.code == 0, result.err
     results = json.loads(path.read_text())

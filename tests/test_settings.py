@@ -160,7 +160,10 @@ def test_help_lists_every_setting_with_its_comment(script, name):
 def test_every_setting_is_read(name):
     tree = ast.parse((ROOT / name).read_text())
     read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    handed_over = {field.name for field in dataclasses.fields(GPTConfig)} | {"gradient_checkpointing"}  # to build a GPT
+    handed_over = {field.name for field in dataclasses.fields(GPTConfig)} | {
+        "gradient_checkpointing",
+        "muon",
+    }  # to a GPT
     assert set(settings_of(name)) - read <= handed_over
 
 

@@ -787,12 +787,12 @@ def test_torchrun_asked_to_stop_saves_and_says_so_in_a_file(torchrun, tiny_run, 
 def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(train, tiny_run, monkeypatch):
     forward, evaluated = GPT.forward, []
 
-    def signalled(self, *args):
+    def signalled(self, *args, **kwargs):
         if not self.training:
             evaluated.append(len(evaluated))
             if len(evaluated) == 60:  # of 69 a time: in the first evaluation
                 os.kill(os.getpid(), signal.SIGTERM)
-        return forward(self, *args)
+        return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(GPT, "forward", signalled)
     result = train(tiny_run.flags, "--eval_iters=60", code=143)
