@@ -432,13 +432,14 @@ if steps > 0:
     learners = [name for name in names if name != "transformers"]
     first_losses = {name: contenders[name].train(0)[-1] for name in learners}
     times, data_times, losses = ({name: [] for name in learners} for _ in range(3))
-    begin = time.perf_counter()
-    for i in range(1, steps + 1):
+    begin, i, turn = time.perf_counter(), 0, 1
+    while i < steps and (i < 3 or time.perf_counter() - begin < seconds):
         for name in learners:
-            for column, value in zip((times, data_times, losses), contenders[name].train(i), strict=True):
-                column[name].append(value)
-        if i >= 3 and time.perf_counter() - begin > seconds:
-            break
+            for step in range(i + 1, min(i + turn, steps) + 1):
+                for column, value in zip((times, data_times, losses), contenders[name].train(step), strict=True):
+                    column[name].append(value)
+        i = min(i + turn, steps)
+        turn = max(1, int(0.5 / times[name][-1]))  # half a second: time to get its threads and its cache back
     peak, source = peak_flops(device, ptdtype)
     print(
         f"training, {batch_size} x {block_size} tokens a step, median of {i} steps; "
