@@ -557,8 +557,9 @@ class GPT(nn.Module):
         CPUs the weights are copied in the order in which the fastest of some matrix products reads them. Half a minute
         for the first token, and seconds for others of another batch size or for every 256 positions."""
         if self.lm_head.weight.is_cpu:
-            from torch._inductor import config  # torch.compile has no option for freezing
+            from torch._inductor import config, select_algorithm  # torch.compile has no option for freezing
 
+            select_algorithm.PRINT_AUTOTUNE = False  # or it lists every product that it tries
             options = {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
             step = torch.compile(self.forward, dynamic=False, options=options)
             self.compiled_step = config.patch(freezing=True)(step)
