@@ -554,7 +554,7 @@ class GPT(nn.Module):
 
     def compile_generation(self):
         """Compile the step that generates a token, for weights that stay as they are: on GPUs it becomes one launch, on
-        CPUs the weights are copied in the order in which the fastest of some matrix products reads them. Half a minute
+        CPUs the weights are copied in the order in which the fastest of some matrix products reads them. Up to a minute
         for the first token, and seconds for others of another batch size or for every 256 positions."""
         if self.lm_head.weight.is_cpu:
             from torch._inductor import config, select_algorithm  # torch.compile has no option for freezing

@@ -43,7 +43,7 @@ seed = 1337
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16
 int8 = False  # 8-bit weights: less memory to read for each token
-compile = False  # compile the step that generates a token: half a minute once, then the fastest
+compile = False  # compile the step that generates a token: up to a minute once, then the fastest
 # -----------------------------------------------------------------------------
 _, given = configure(globals())
 end_with_the_pipe()
