@@ -7,6 +7,7 @@ How fast a GPT trains and generates on this machine, beside what the hardware co
     python bench.py --profile                                and a trace of it for chrome://tracing or Perfetto
     python bench.py config/train_shakespeare_char_cpu.py --compare=config/modern.py     two architectures, in turns
     python bench.py --classic=../nanoGPT                     in turns with nanoGPT, from a folder that has it
+    python bench.py --steps=0 --transformers --int8          generation, beside transformers and with 8-bit weights
     python bench.py config/train_gpt2.py --plan=8            what each of 8 processes would need, without training
 
 Utilisation (MFU) is of the data sheet's peak on a GPU, and of a large matrix product measured in the same run on a CPU.
@@ -92,6 +93,8 @@ for name in ("batch_size", "block_size", "decode_batch", "gradient_accumulation_
         fail(f"{name} must be at least 1, not {settings[name]}")
 if plan < 0 or plan and gradient_accumulation_steps % plan:
     fail(f"plan takes a number that divides gradient_accumulation_steps={gradient_accumulation_steps}, not {plan}")
+if profile and (compare or classic or transformers):
+    fail("profile records one model alone: leave out --compare, --classic and --transformers")
 if plan and (compare or classic or transformers or profile):
     fail("plan measures nothing: leave out --compare, --classic, --transformers and --profile")
 if not plan and steps < 1 and (profile or decode_tokens < 1):

@@ -406,10 +406,8 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
         logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
     # one random number a row picks from the probabilities laid end to end; torch.multinomial draws one for every token
     ends = logits.softmax(dim=-1).cumsum(dim=-1)
-    drawn = (
-        torch.rand(len(ends), 1, device=ends.device, generator=generator) * ends[:, -1:]
-    )  # always below the last end
-    return torch.searchsorted(ends, drawn, right=True).squeeze(-1)
+    drawn = torch.rand(len(ends), 1, device=ends.device, generator=generator)  # rounded, too, below 1
+    return torch.searchsorted(ends, drawn * ends[:, -1:], right=True).squeeze(-1)
 
 
 # -----------------------------------------------------------------------------

@@ -95,6 +95,7 @@ def test_gradient_checkpointing_takes_less_memory(script, tiny, tmp_path):
         (["--batch_size=1000000000000"], "too many for a step"),
         (["--plan=3"], "plan takes a number that divides gradient_accumulation_steps=40, not 3"),
         (["--plan=8", "--profile"], "plan measures nothing"),
+        (["--profile", "--transformers"], "profile records one model alone"),
     ],
 )
 def test_wrong_input_is_one_line(script, flags, message):
