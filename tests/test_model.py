@@ -1,8 +1,10 @@
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import (
@@ -10,6 +12,7 @@ from model import (
     GPT,
     GPTConfig,
     KVCache,
+    ShortAttention,
     orthogonalized,
     peak_flops,
     rms_norm,
@@ -269,6 +272,20 @@ def test_gradients_of_attention_in_bfloat16_are_close_to_float32():
             model(idx[:, :-1], idx[:, 1:])[1].backward()
         grads[enabled] = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert torch.nn.functional.cosine_similarity(grads[True], grads[False], dim=0) > 0.999
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_attention_of_short_sequences_and_its_gradients_equal_pytorchs(n_kv_head, dtype, tolerance):
+    results = []
+    for attend in (ShortAttention.apply, partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)):
+        torch.manual_seed(0)
+        inputs = [torch.randn(2, 12, heads, 8).transpose(1, 2).requires_grad_() for heads in (4, n_kv_head, n_kv_head)]
+        y = attend(*(x.to(dtype if attend is ShortAttention.apply else torch.float32) for x in inputs))
+        y.backward(torch.randn(2, 12, 4, 8).transpose(1, 2).to(y.dtype))
+        results.append((y, *(x.grad for x in inputs)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours.float(), theirs, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(tied=False, vocab_size=50304)])
