@@ -8,10 +8,12 @@ How fast a GPT trains and generates on this machine, beside what the hardware co
     python bench.py config/train_shakespeare_char_cpu.py --compare=config/modern.py     two architectures, in turns
     python bench.py --classic=../nanoGPT                     in turns with nanoGPT, from a folder that has it
     python bench.py --steps=0 --transformers --int8          generation, beside transformers and with 8-bit weights
+    python bench.py --steps=0 --init_from=out --int8         generation by a model of yours
+    python bench.py --compare=config/modern.py,gpt2-medium,gpt2-large,gpt2-xl --decode_batch=1,8,64     several sizes
     python bench.py config/train_gpt2.py --plan=8            what each of 8 processes would need, without training
 
 Utilisation (MFU) is of the data sheet's peak on a GPU, and of a large matrix product measured in the same run on a CPU.
-Generating one token reads every weight once, so its bound is the memory's measured bandwidth over the model's bytes.
+A token that is generated reads every weight once, and the cache: its bound is the measured bandwidth of the memory.
 Models in turns see the same batches; the loss named is the mean of the last tenth of the steps.
 """
 
@@ -38,7 +40,20 @@ from torch.utils._pytree import tree_leaves
 
 from configurator import can_compile, configure, end_with_the_pipe, fail, pick_device, read_config, usage_errors
 from data.shards import Dataset, eval_windows, train_windows
-from model import CLASSIC, GPT, GPU_TFLOPS, GPTConfig, padded, peak_flops
+from model import (
+    BEST,
+    CLASSIC,
+    GPT,
+    GPU_TFLOPS,
+    LATEST,
+    PREVIOUS,
+    GPTConfig,
+    find_checkpoint,
+    from_hub_config,
+    hub_config,
+    padded,
+    peak_flops,
+)
 
 # -----------------------------------------------------------------------------
 # what
@@ -62,7 +77,8 @@ muon = False
 learning_rate = 1e-3  # the same in all steps
 real_data = True  # train on the dataset, with its loading in the time; False, or no such dataset: on random tokens
 dataset = "openwebtext"
-compare = ""  # a config file: measure the model that it makes of these settings, too, in turns
+init_from = ""  # a checkpoint, its folder or a Hub name: measure that model, not one of the shape above
+compare = ""  # config files, or names as gpt2-xl, commas between: measure what they make of these settings, in turns
 classic = ""  # a folder with nanoGPT's model.py, to measure in turns
 transformers = False  # measure generation by transformers in turns
 int8 = False  # measure generation with 8-bit weights, too, and what they do to the validation split's perplexity
@@ -71,7 +87,7 @@ gradient_accumulation_steps = 5 * 8  # of the plan: micro-batches a step, over a
 # how long
 steps = 20  # training steps to time; 0: none
 decode_tokens = 256  # tokens to generate; 0: none
-decode_batch = 10  # sequences to generate together, after one alone
+decode_batch = "1,10"  # how many sequences to generate together, one number after another
 seconds = 120.0  # begin no further training step after this time, three at least
 # output
 profile = False  # record five training steps with torch.profiler in bench_log/
@@ -85,18 +101,22 @@ seed = 1337
 # several models are measured in processes of their own, each as its users run it; this may be one of them
 contender = os.environ.get("PLAINGPT_CONTENDER", "")
 with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere if contender else sys.stderr):
-    settings, _ = configure(globals())
+    settings, given = configure(globals())
 end_with_the_pipe()
 
-for name in ("batch_size", "block_size", "decode_batch", "gradient_accumulation_steps"):
+for name in ("batch_size", "block_size", "gradient_accumulation_steps"):
     if settings[name] < 1:
         fail(f"{name} must be at least 1, not {settings[name]}")
+if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", decode_batch):
+    fail(f"decode_batch takes numbers such as 1,10, not {decode_batch!r}")
 if plan < 0 or plan and gradient_accumulation_steps % plan:
     fail(f"plan takes a number that divides gradient_accumulation_steps={gradient_accumulation_steps}, not {plan}")
 if profile and (compare or classic or transformers):
     fail("profile records one model alone: leave out --compare, --classic and --transformers")
 if plan and (compare or classic or transformers or profile):
     fail("plan measures nothing: leave out --compare, --classic, --transformers and --profile")
+if init_from and (compare or plan):
+    fail("init_from measures one model that is there: leave out --compare and --plan")
 if not plan and steps < 1 and (profile or decode_tokens < 1):
     fail("nothing to measure: give --steps=20" + ("" if profile else " or --decode_tokens=256"))
 if transformers and decode_tokens > block_size:
@@ -109,19 +129,40 @@ if json:
 foreign = contender in ("classic", "transformers")
 device, dtype, device_line = pick_device(device, dtype, tuned=not foreign)
 device_type, ptdtype = device.split(":")[0], getattr(torch, dtype)
-vocab_size, data_line = GPTConfig.vocab_size, "random tokens"
+vocab_size, data_line = None, "random tokens"
+if init_from:
+    with usage_errors():
+        checkpoint, _ = find_checkpoint(init_from, (BEST, LATEST, PREVIOUS), "")
+        shape = GPTConfig(**(checkpoint["model_args"] if checkpoint else from_hub_config(hub_config(init_from))))
+    there = dataclasses.asdict(shape) | {"block_size": min(block_size, shape.block_size)}
+    there["dataset"] = checkpoint.get("config", {}).get("dataset", dataset) if checkpoint else dataset
+    settings.update({name: value for name, value in there.items() if name in settings.keys() - {"dropout"} - given})
+    vocab_size, block_size, dataset = shape.vocab_size, settings["block_size"], settings["dataset"]
+    for name in given & there.keys() - {"block_size", "dropout", "dataset"}:
+        if settings[name] != there[name] and (settings[name] or type(there[name]) is bool):  # 0: as it comes
+            fail(f"{name}={settings[name]} was given, but the model of {init_from} has {there[name]}")
+    if block_size > shape.block_size:
+        fail(f"the model of {init_from} sees {shape.block_size} tokens: give --block_size={shape.block_size}")
+    checkpoint = None
+GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280)}
+GPT2_SIZES["gpt2-xl"] = (48, 25, 1600)  # layers, heads, channels
+compared = {os.path.splitext(os.path.basename(path))[0]: path for path in compare.split(",") if path}
+names = ["plainGPT", *compared, *["classic"] * bool(classic), *["transformers"] * transformers]
+if len(set(names)) < len(names) or len(compared) < len(compare.split(",")) and compare:
+    fail(f"two models have the same name: rename one of {', '.join(compare.split(','))}")
 tokens = {}
 if real_data:
     try:
         data = Dataset(os.path.join("data", dataset))
-        vocab_size = padded(data.vocab_size or vocab_size)
+        vocab_size = vocab_size or padded(data.vocab_size or GPTConfig.vocab_size)
         splits = {name: data.split(name) for name in ("train", "val")}
         with usage_errors():
             for split in splits.values():
                 split.check(block_size, vocab_size)
         tokens, data_line = splits, ""
     except (OSError, ValueError) as e:
-        data_line = f"{f'a vocabulary of {vocab_size:,}' if plan else 'random tokens'}: {e}"
+        data_line = f"{f'a vocabulary of {GPTConfig.vocab_size:,}' if plan else 'random tokens'}: {e}"
+vocab_size = vocab_size or GPTConfig.vocab_size
 if not contender:
     print(device_line + (f"\n{data_line}" if data_line else ""))
 compile = compile and not plan and can_compile(device)
@@ -131,8 +172,12 @@ autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32"
 def build(settings):
     """The model of these settings."""
     torch.manual_seed(seed)
-    fields = [field.name for field in dataclasses.fields(GPTConfig) if field.name in settings]
-    model = GPT(GPTConfig(**{name: settings[name] for name in fields}, vocab_size=vocab_size))
+    if init_from:
+        checkpoint, _ = find_checkpoint(init_from, (BEST, LATEST, PREVIOUS), "")
+        model = GPT.from_checkpoint(checkpoint) if checkpoint else GPT.from_pretrained(init_from)
+    else:
+        fields = [field.name for field in dataclasses.fields(GPTConfig) if field.name in settings]
+        model = GPT(GPTConfig(**{name: settings[name] for name in fields}, vocab_size=vocab_size))
     model.gradient_checkpointing = settings["gradient_checkpointing"]
     return model
 
@@ -193,7 +238,9 @@ class Contender:
             elif name == "plainGPT":
                 self.model = build(settings)
             else:  # on the same batches
-                found = read_config(compare, {**globals(), **settings}, settings)
+                path = compared[name]
+                known = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES.get(path, ()), strict=False))
+                found = known or read_config(path, {**globals(), **settings}, settings)
                 self.settings = {**settings, **found, "block_size": block_size}
                 self.model = build(self.settings)
             self.model.to(device)
@@ -230,6 +277,11 @@ class Contender:
         self.optimizer.zero_grad(set_to_none=True)
         loss = loss.item()
         return time.perf_counter() - start, data_seconds, loss
+
+    def rest(self):
+        """Leave the memory of a CUDA device that is not in use to the others."""
+        if device_type == "cuda":
+            torch.cuda.empty_cache()
 
     def peak_memory(self):
         """Bytes: of tensors on a CUDA device, else of the whole process; None where the system does not say."""
@@ -409,8 +461,6 @@ if plan:
             dump(rows, f, indent=1)
     sys.exit()
 
-names = ["plainGPT", *([os.path.splitext(os.path.basename(compare))[0]] if compare else [])]
-names += ["classic"] * bool(classic) + ["transformers"] * transformers
 contenders = {name: (Elsewhere if len(names) > 1 else Contender)(name) for name in names}
 for other in contenders.values() if len(names) > 1 else ():
     other.answer()  # that it is ready
@@ -433,14 +483,17 @@ def compare_with_first(kind):
 
 if steps > 0:
     learners = [name for name in names if name != "transformers"]
-    first_losses = {name: contenders[name].train(0)[-1] for name in learners}
-    times, data_times, losses = ({name: [] for name in learners} for _ in range(3))
+    first_losses, (times, data_times, losses) = {}, ({name: [] for name in learners} for _ in range(3))
+    for name in learners:
+        first_losses[name] = contenders[name].train(0)[-1]
+        contenders[name].rest()
     begin, i, turn = time.perf_counter(), 0, 1
     while i < steps and (i < 3 or time.perf_counter() - begin < seconds):
         for name in learners:
             for step in range(i + 1, min(i + turn, steps) + 1):
                 for column, value in zip((times, data_times, losses), contenders[name].train(step), strict=True):
                     column[name].append(value)
+            contenders[name].rest()
         i = min(i + turn, steps)
         turn = max(1, int(0.5 / times[name][-1]))  # half a second: time to get its threads and its cache back
     peak, source = peak_flops(device, ptdtype)
@@ -482,18 +535,22 @@ if decode_tokens > 0:
     for kind in ("decode", *(["int8 decode"] if int8 else [])):
         players = names if kind == "decode" else ours
         size = {name: contenders[name].prepare_decoding(kind != "decode") for name in players}
-        for B in (1, decode_batch):
+        classic_row = None
+        for B in map(int, decode_batch.split(",")):
             for name in players:
                 # nanoGPT has no cache for a batch to share: one sequence after another is what it does best
-                row = results.get(f"{kind} 1 {name}") if name == "classic" else None
+                row = classic_row if name == "classic" else None
                 if not row:
                     contenders[name].generate(B, 8 if name == "classic" else decode_tokens)  # compiles
                     rate = B * decode_tokens / contenders[name].generate(B, decode_tokens)
-                    row = {"tokens_per_second": rate, "bound": B * bandwidth / size[name]}
+                    cached = results["models"].get(name, results["models"]["plainGPT"])["cache_bytes_per_token"]
+                    read = size[name] + B * cached * decode_tokens / 2  # bytes a step: weights, and the cache so far
+                    row = {"tokens_per_second": rate, "bound": B * bandwidth / read}
+                    classic_row = row if name == "classic" else classic_row
                 results[f"{kind} {B} {name}"] = row
                 rate, bound = row.values()
-                share = f", {rate / bound:.0%} of the bound {bound:,.1f}" if B == 1 else ""
-                print(f"  {name:<12} {kind[:-6]}{B:3} at once {rate:9,.1f} tokens/s{share}")
+                share = f"{rate / bound:.0%} of the bound {bound:,.1f}"
+                print(f"  {name:<12} {kind[:-6]}{B:3} at once {rate:9,.1f} tokens/s, {share}")
             compare_with_first(f"{kind} {B}")
         for name in perplexities:
             perplexities[name].append(contenders[name].perplexity())

@@ -284,6 +284,10 @@ with usage_errors():
         fully_shard(model, mesh=mesh)  # the rest
     else:
         model.to(device)
+    for name in () if compile else ("step", "zero_grad", "add_param_group", "state_dict", "load_state_dict"):
+        # PyTorch hides these from torch.compile, and imports all of it to do so: nearly a second at every start
+        hidden = getattr(torch.optim.AdamW, name)
+        setattr(torch.optim.AdamW, name, torch.no_grad()(getattr(hidden, "__wrapped__", hidden)))
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, muon, ptdtype)
 
 byte_lengths = torch.zeros(model.config.vocab_size, dtype=torch.int64)  # of the text that each token stands for

@@ -1,12 +1,13 @@
-# The miniature GPT of train_shakespeare_char_cpu.py with what was found since: Muon, rotary positions, normalised
-# queries and keys, squared ReLU, and more tokens a step.
+# A miniature GPT that learns Shakespeare's characters as fast as two CPU cores can teach it, with what was found since
+# train_shakespeare_char_cpu.py: Muon, rotary positions, normalised queries and keys, shared keys and values, squared
+# ReLU, and more tokens a step.
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/shakespeare_char_fast.py
 #   python sample.py --out_dir=out-shakespeare-char-fast
 
 out_dir = "out-shakespeare-char-fast"
-eval_interval = 180
-eval_iters = 8
+eval_interval = 130
+eval_iters = 6
 log_interval = 10
 always_save_checkpoint = False  # keep what validates best
 wandb_project = "shakespeare-char"
@@ -14,27 +15,29 @@ wandb_run_name = "fast"
 
 dataset = "shakespeare_char"
 gradient_accumulation_steps = 1
-batch_size = 32
-block_size = 64  # 1 x 32 x 64 = 2,048 tokens a step
+batch_size = 64
+block_size = 64  # 1 x 64 x 64 = 4,096 tokens a step
 
 n_layer = 3
-n_head = 2
-n_embd = 128
+n_head = 3
+n_kv_head = 1
+n_embd = 96
 dropout = 0.0
 norm = "rmsnorm"
 position = "rope"
+rope_theta = 100.0  # a sequence is 64 tokens long, so long waves would not turn in it
 qk_norm = True
 mlp = "relu2"
 tied = False
 
 muon = True
-learning_rate = 3e-3
+learning_rate = 5e-3
 min_lr = 0.0
 lr_schedule = "linear"
-max_iters = 1440
-lr_decay_iters = 1440
+max_iters = 1560
+lr_decay_iters = 1560
 warmup_iters = 0
-weight_decay = 0.0
+weight_decay = 0.5  # six epochs
 beta2 = 0.99
 
 device = "cpu"

@@ -70,6 +70,24 @@ def test_two_configurations_side_by_side(script, tiny, tmp_path):
     assert "KV cache" in result.out and "it/s" in result.out
 
 
+def test_generation_by_a_checkpoint_with_integers_as_weights(script, tiny, tmp_path):
+    path, shape = tmp_path / "bench.json", dict(block_size=24, vocab_size=64, n_layer=1, n_head=2, n_embd=64)
+    model = GPT(GPTConfig(**shape, norm="rmsnorm"))
+    checkpoint = {"model": model.state_dict(), "model_args": model.config.to_dict(), "config": {"dataset": tiny}}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    flags = ["--steps=0", "--decode_tokens=20", "--decode_batch=1,3", "--int8", "--device=cpu", "--compile=False"]
+    result = script("bench.py", f"--init_from={tmp_path}", *flags, f"--json={path}")
+    assert result.code == 0, result.err
+    results = json.loads(path.read_text())
+    assert results["models"]["plainGPT"]["config"] == model.config.to_dict()
+    assert results["int8 decode 3 plainGPT"]["bound"] > results["decode 3 plainGPT"]["bound"]
+    before, after = results["int8 perplexity plainGPT"].values()
+    assert before != after and after == pytest.approx(before, rel=0.02)
+    for more, message in ((["--n_layer=2"], "has 1"), (["--block_size=25"], "sees 24"), (["--plan=2"], "leave out")):
+        result = script("bench.py", f"--init_from={tmp_path}", *flags, *more)
+        assert result.code == 2 and message in result.err and "Traceback" not in result.err
+
+
 def test_gradient_checkpointing_takes_less_memory(script, tiny, tmp_path):
     (tmp_path / "checkpointed.py").write_text("gradient_checkpointing = True")
     path = tmp_path / "bench.json"
@@ -93,6 +111,9 @@ def test_gradient_checkpointing_takes_less_memory(script, tiny, tmp_path):
         (["--step=3"], "did you mean steps?"),
         (["--steps=0"], "nothing to measure: give --steps=20 or --decode_tokens=256"),
         (["--batch_size=1000000000000"], "too many for a step"),
+        (["--decode_batch=1,x"], "decode_batch takes numbers such as 1,10, not '1,x'"),
+        (["--compare=config/modern.py,a/modern.py"], "two models have the same name"),
+        (["--compare=gpt3"], "no config file gpt3"),
         (["--plan=3"], "plan takes a number that divides gradient_accumulation_steps=40, not 3"),
         (["--plan=8", "--profile"], "plan measures nothing"),
         (["--profile", "--transformers"], "profile records one model alone"),

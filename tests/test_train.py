@@ -856,6 +856,13 @@ def test_compiled_training_gives_the_same_losses(train, tiny_run, finished, tmp_
         assert compiled == pytest.approx(plain, abs=1e-4)
 
 
+def test_torch_compile_is_imported_where_it_is_used_alone(tiny_run, start_process, tmp_path):
+    (tmp_path / "tell.py").write_text("import atexit, sys; atexit.register(lambda: print(*sys.modules))")
+    process = start_process("train.py", str(tmp_path / "tell.py"), *tiny_run.flags, "--muon", "--max_iters=2")
+    modules = process.communicate(timeout=60)[0].splitlines()[-1].split()
+    assert process.returncode == 0 and "torch.optim" in modules and "torch._dynamo" not in modules
+
+
 def test_without_a_compiler_training_goes_on(tiny_run, start_process, tmp_path):
     process = start_process(
         "train.py", *tiny_run.flags, "--compile=True", "--max_iters=2",
