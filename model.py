@@ -15,7 +15,9 @@ References: GPT-2, https://github.com/openai/gpt-2/blob/master/src/model.py (arc
 PaLM appendix B, https://arxiv.org/abs/2204.02311 (FLOPs, MFU).
 """
 
+import contextlib
 import functools
+import io
 import json
 import math
 import os
@@ -300,8 +302,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         rows = x.numel() // x.size(-1)
-        # PyTorch's kernel for few rows reads whole blocks of the weights; compilers have better ones
-        blocks = all(size % 64 == 0 for size in self.weight.shape) and not torch.compiler.is_compiling()
+        blocks = all(size % 64 == 0 for size in self.weight.shape)  # the kernel for few rows reads whole ones
         if blocks and x.is_cpu and x.dtype == torch.bfloat16 and rows <= 16:
             y = torch._weight_int8pack_mm(x.view(rows, -1), self.weight, self.scale).view(*x.shape[:-1], -1)
         else:
@@ -581,12 +582,17 @@ class GPT(nn.Module):
         CPUs the weights are copied in the order in which the fastest of some matrix products reads them. Up to a minute
         for the first token, and seconds for others of another batch size or for every 256 positions."""
         if self.lm_head.weight.is_cpu:
-            from torch._inductor import config, select_algorithm  # torch.compile has no option for freezing
+            from torch._inductor import config  # torch.compile has no option for freezing
 
-            select_algorithm.PRINT_AUTOTUNE = False  # or it lists every product that it tries
             options = {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
             step = torch.compile(self.forward, dynamic=False, options=options)
-            self.compiled_step = config.patch(freezing=True)(step)
+
+            @config.patch(freezing=True)
+            def quiet_step(*args, **kwargs):
+                with contextlib.redirect_stderr(io.StringIO()):  # there it lists every product that it tries
+                    return step(*args, **kwargs)
+
+            self.compiled_step = quiet_step
         else:
             self.compiled_step = torch.compile(self.forward, dynamic=False, mode="reduce-overhead")
 
