@@ -65,7 +65,7 @@ def test_streamed_text_equals_batched_text(sample):
 
 
 def test_slide_and_stop(sample):
-    flags = ["--start=Call me", "--num_samples=2", "--max_new_tokens=300", "--temperature=0"]
+    flags = ["--start=Call me Ish", "--num_samples=2", "--max_new_tokens=300", "--temperature=0"]
     assert sample(*flags, "--slide=8").out.startswith(TEXT[:30])
     for more in ([], ["--stream"]):
         out = sample(*flags, "--stop=y", *more).out
