@@ -254,7 +254,7 @@ class Contender:
 
     def train(self, i):
         """Step i, as train.py takes it: its seconds, those of them that its data took, and its loss."""
-        if not self.forward:
+        if self.forward is None:
             self.forward = torch.compile(self.model, dynamic=False) if compile else self.model
             # nanoGPT computes in float32 on CPUs, whatever its dtype
             self.precision = contextlib.nullcontext() if foreign and device_type == "cpu" else autocast

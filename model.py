@@ -409,7 +409,7 @@ def cross_entropy_(logits, targets):
         probs = torch.softmax(probs, dim=1)
         # the log of the sum of exponentials, from the largest of them: it can neither overflow nor vanish
         nats.append(top - probs.amax(dim=1, keepdim=True).log() - at_target)
-        piece.copy_(probs.scatter_add_(1, target, -torch.ones_like(top)))
+        piece.copy_(probs).scatter_(1, target, torch.expm1(-nats[-1]).to(piece.dtype))  # the probability less 1
     return torch.cat(nats).squeeze(1)
 
 

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -29,6 +30,13 @@ def test_results_as_json(script, tiny, tmp_path):
     )
     row = results["train plainGPT"]
     assert 0 < row["mfu"] < 1.5 and row["peak_memory"] > 1e7 and results["decode 1 plainGPT"]["bound"] > 0
+
+
+def test_a_compiled_model(script, tiny, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    flags = [*FLAGS[:-1], f"--dataset={tiny}", "--steps=3", "--decode_tokens=0"]
+    result = script("bench.py", *flags)
+    assert result.code == 0 and "tokens/s" in result.out, result.err
 
 
 def test_random_tokens_and_a_profile(script, tmp_path, monkeypatch):
