@@ -218,30 +218,32 @@ class ShortAttention(torch.autograd.Function):
     small, and a CPU trains on short sequences up to twice as fast so, above all in bfloat16."""
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, dropout=0.0):
         B, H, T, D = q.shape
         groups = B * k.size(1)  # query heads that share keys and values stand one below the other
         q, k, v = q.reshape(groups, -1, D), k.reshape(groups, T, D), v.reshape(groups, T, D)
         future = q.new_full((T, T), -math.inf).triu(1).repeat(q.size(1) // T, 1)
         probs = torch.baddbmm(future, q, k.mT, alpha=1 / math.sqrt(D)).softmax(dim=-1)
-        ctx.save_for_backward(q, k, v, probs)
-        return (probs @ v).view(B, H, T, D)
+        kept = F.dropout(torch.ones_like(probs), dropout) if dropout else None
+        ctx.save_for_backward(q, k, v, probs, kept)
+        return ((probs if kept is None else probs * kept) @ v).view(B, H, T, D)
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v, probs = ctx.saved_tensors
+        q, k, v, probs, kept = ctx.saved_tensors
         (B, H, T, D), dy = grad.shape, grad.reshape(q.shape)
-        dscores = torch._softmax_backward_data(dy @ v.mT, probs, -1, probs.dtype).div_(math.sqrt(D))
-        dq, dk, dv = dscores @ k, dscores.mT @ q, probs.mT @ dy
-        return dq.view(B, H, T, D), dk.view(B, -1, T, D), dv.view(B, -1, T, D)
+        dprobs = dy @ v.mT if kept is None else (dy @ v.mT).mul_(kept)
+        dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype).div_(math.sqrt(D))
+        dq, dk, dv = dscores @ k, dscores.mT @ q, (probs if kept is None else probs * kept).mT @ dy
+        return dq.view(B, H, T, D), dk.view(B, -1, T, D), dv.view(B, -1, T, D), None
 
 
 def attention(q, k, v, dropout=0.0):
     """Causal attention of q, (B, H, T, D), on k and v, (B, H, S, D); the queries are the last T of S positions."""
     T, S = q.size(2), k.size(2)
     if q.is_cpu and q.requires_grad and 1 < T == S:
-        if T <= 256 and not dropout:
-            return ShortAttention.apply(q, k, v)
+        if T <= 256:
+            return ShortAttention.apply(q, k, v, dropout)
         if q.dtype == torch.bfloat16:  # PyTorch's backward pass is up to five times slower in it
             return attention(q.float(), k.float(), v.float(), dropout).to(q.dtype)
     # is_causal aligns the first query with the first key, so it fits T == S alone; a single last query sees all keys

@@ -288,6 +288,22 @@ def test_attention_of_short_sequences_and_its_gradients_equal_pytorchs(n_kv_head
         torch.testing.assert_close(ours.float(), theirs, atol=tolerance, rtol=tolerance)
 
 
+def test_dropout_of_attention_drops_and_rescales_forward_and_backward():
+    """y is linear in v, so the gradient of v has to be that of the very weights that made y."""
+    q, k = torch.randn(2, 2, 3, 64, 8)
+    v = torch.randn(2, 3, 64, 8, requires_grad=True)
+    torch.manual_seed(1)
+    y = ShortAttention.apply(q, k, v, 0.25)
+    y.sum().backward()
+    assert (v.grad * v).sum().item() == pytest.approx(y.sum().item(), rel=1e-4)
+    torch.manual_seed(1)
+    eye = torch.eye(64).expand(2, 3, 64, 64)
+    weights = ShortAttention.apply(torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 64, 64), eye, 0.25)
+    seen = weights[:, :, -1]  # of all 64 tokens, a 64th each
+    assert (seen == 0).float().mean().item() == pytest.approx(0.25, abs=0.1)
+    torch.testing.assert_close(seen[seen > 0], torch.full_like(seen[seen > 0], 1 / 64 / 0.75))
+
+
 @pytest.mark.parametrize("settings", [dict(), dict(tied=False, vocab_size=50304)])
 def test_the_loss_without_logits_equals_that_with_them(settings):
     """The larger vocabulary takes several pieces, and several tiles in each."""
