@@ -155,7 +155,7 @@ def test_the_plan_counts_what_training_takes(script, tiny, tmp_path):
         model(idx, idx)
     kept = sum(storage.nbytes() for storage in kept.values())
     activations = plan["activations and copies"]
-    assert activations[0] == activations[1] and kept < activations[0] < 1.2 * kept
+    assert activations[0] == activations[1] and kept < activations[0] < 1.25 * kept
     total, blocks = (sum(p.numel() for p in m.parameters()) for m in (model, model.transformer.h))
     assert plan["gradients, float32"] == [4 * total, total]
     # all-reduce: every gradient is sent twice but for a process's own share; FSDP: in both micro-steps

@@ -342,7 +342,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(train, tiny_run, finished, s
 
 
 def test_kill_9_over_and_over_ends_with_the_same_weights(train, tiny_run, tmp_path, start_process):
-    flags = [*tiny_run.flags, "--max_iters=300", "--log_interval=50", "--eval_interval=150", "--n_embd=128"]
+    flags = [*tiny_run.flags, "--max_iters=200", "--log_interval=50", "--eval_interval=100", "--n_embd=128"]
     train(flags)
     folder = tmp_path / "killed"
     kills = reached = 0
@@ -705,8 +705,8 @@ def test_two_processes_train_like_one_wherever_they_are_killed(train, torchrun, 
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "whole")
     for key in ("loss", "val/loss", "train/loss", "grad_norm"):
         assert [r[key] for r in two if key in r] == pytest.approx([r[key] for r in one if key in r], abs=1e-4)
-    faults = {"FAULTS": "forward,backward,save,evaluate"}
-    job = torchrun("tests/faulty_train.py", *flags, "--init_from=auto", restarts=4, env=faults)
+    faults = {"FAULTS": "backward,save,evaluate"}
+    job = torchrun("tests/faulty_train.py", *flags, "--init_from=auto", restarts=3, env=faults)
     _, err = job.communicate(timeout=240)
     assert job.returncode == 0, err
     assert re.findall(r"fault: (\w+)", err) == faults["FAULTS"].split(",")
