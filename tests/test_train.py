@@ -358,6 +358,8 @@ def test_kill_9_over_and_over_ends_with_the_same_weights(train, tiny_run, tmp_pa
             process.kill()
             process.communicate()
             kills += 1
+            if not reached and not list(folder.glob("ckpt*.pt")):  # a disk that took its time over the first save
+                continue
             state, name = load_checkpoint(folder)
             assert state["iter_num"] >= reached
             reached = state["iter_num"]
