@@ -351,7 +351,7 @@ def test_kill_9_over_and_over_ends_with_the_same_weights(train, tiny_run, tmp_pa
         process = start_process("train.py", *flags, f"--out_dir={folder}", "--init_from=auto", "--save_interval=1")
         try:
             wait_for_line(process, r"tokens a step" if reached else r"^iter 0:")
-            process.communicate(timeout=0.5 + 0.5 * kills)
+            process.communicate(timeout=0.3 + 0.3 * kills)
             assert process.returncode == 0
             break
         except subprocess.TimeoutExpired:
