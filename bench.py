@@ -53,6 +53,7 @@ from model import (
     hub_config,
     padded,
     peak_flops,
+    peak_memory,
 )
 
 # -----------------------------------------------------------------------------
@@ -73,6 +74,8 @@ n_kv_head = 0
 qk_norm = False
 tied = True
 gradient_checkpointing = False
+lora_rank = 0
+lora_targets = "c_attn,c_proj,c_fc"
 muon = False
 learning_rate = 1e-3  # the same in all steps
 real_data = True  # train on the dataset, with its loading in the time; False, or no such dataset: on random tokens
@@ -175,10 +178,13 @@ def build(settings):
     if init_from:
         checkpoint, _ = find_checkpoint(init_from, (BEST, LATEST, PREVIOUS), "")
         model = GPT.from_checkpoint(checkpoint) if checkpoint else GPT.from_pretrained(init_from)
+        model.merge_lora()
     else:
         fields = [field.name for field in dataclasses.fields(GPTConfig) if field.name in settings]
         model = GPT(GPTConfig(**{name: settings[name] for name in fields}, vocab_size=vocab_size))
     model.gradient_checkpointing = settings["gradient_checkpointing"]
+    if settings["lora_rank"] > 0:
+        model.add_lora("", settings["lora_rank"], 16, 0.0, settings["lora_targets"])
     return model
 
 
@@ -284,15 +290,7 @@ class Contender:
             torch.cuda.empty_cache()
 
     def peak_memory(self):
-        """Bytes: of tensors on a CUDA device, else of the whole process; None where the system does not say."""
-        if device_type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        with contextlib.suppress(OSError), open("/proc/self/status") as f:
-            return 1024 * int(re.search(r"VmHWM:\s+(\d+)", f.read())[1])
-        with contextlib.suppress(ImportError):
-            import resource
-
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak_memory(device_type)
 
     def prepare_decoding(self, quantized):
         """Set the model up for generation. Returns the bytes that a token reads of it."""

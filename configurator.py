@@ -54,6 +54,24 @@ def last_words(kind, error, trace):
     sys.__excepthook__(kind, error, trace)
 
 
+# variables of the environment, and the settings whose defaults they change
+ENVIRONMENT = {"WANDB_PROJECT": "wandb_project", "SAVE_INTERVAL": "save_interval", "MIXED_PRECISION": "dtype"}
+PRECISIONS = {"true": "auto", "false": "float32", "1": "auto", "0": "float32", "no": "float32"}
+PRECISIONS |= {"bf16": "bfloat16", "fp16": "float16"}  # as accelerate has them
+
+
+def from_environment(defaults):
+    """{setting: value} of the ENVIRONMENT's variables that are set."""
+    found = {}
+    for variable, key in ENVIRONMENT.items():
+        if key in defaults and (text := os.environ.get(variable, "").strip()):
+            if key == "dtype" and text.lower() not in PRECISIONS:
+                fail(f"MIXED_PRECISION takes {', '.join(PRECISIONS)}, not {text!r}")
+            text = PRECISIONS[text.lower()] if key == "dtype" else text
+            found[key] = check(key, parse(text, defaults[key]), defaults[key], variable)
+    return found
+
+
 def configure(script):
     """Override a script's settings, given as its globals(), from sys.argv. Returns all of them as a dict, and the set
     of the names that a file or a flag gave. Sets up how the script ends (last_words) and its standard streams.
@@ -68,8 +86,9 @@ def configure(script):
             getattr(sys, name).reconfigure(errors="replace")  # a character that cannot be shown is a "?"
     settings = {k: v for k, v in script.items() if k[0] != "_" and k.islower() and type(v) in (int, float, bool, str)}
     defaults, given, args = dict(settings), set(), sys.argv[1:]
+    settings |= from_environment(defaults)
     if {"--help", "-h"} & set(args):
-        print_help(script)
+        print_help(script, settings)
         sys.exit(0)
     while args:
         arg = args.pop(0)
@@ -187,7 +206,7 @@ def end_with_the_pipe():
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
-def print_help(script):
+def print_help(script, settings):
     """The script's docstring, then each setting with its default and its comment, read from the source."""
     end_with_the_pipe()
     with open(script["__file__"], "rb") as f:
@@ -196,6 +215,11 @@ def print_help(script):
     print((script["__doc__"] or "").strip() + "\n\nsettings:")  # python -OO leaves it out
     first, last = min(n for n, _ in lines.values()), max(n for n, _ in lines.values())
     written = {number: f"  --{name}={default}" for name, (number, default) in lines.items()}
+    for variable, key in ENVIRONMENT.items():
+        if key in lines:
+            number, value = lines[key][0], os.environ.get(variable)
+            written[number] = f"  --{key}={settings[key]!r}" if value else written[number]
+            comments[number] = comments.get(number, "") + f" [env: {variable}{'' if value is None else '=' + value}]"
     for number in range(first - 1, last + 1):
         if number in written:
             print(f"{written[number]:<42} {comments.get(number, '')}".rstrip())

@@ -3,10 +3,10 @@ The GPT model, all of it in this file. In reading order:
 
     GPTConfig                     the shape of a model
     attention .. Block            the parts of a transformer
-    GPT                           the model: forward, generation, weights in and out, optimizer, FLOPs
+    GPT                           the model: forward, generation, weights in and out, LoRA, optimizer, FLOPs
     LLAMA_NAMES .. hub_weights    the formats of Hugging Face transformers
     save_checkpoint, load_...     checkpoint files, written whole or not at all
-    peak_flops                    what the device at hand could do at best
+    peak_flops, peak_memory       what the device at hand could do at best, and has used
 
 Letters in shape comments: B sequences, T tokens in each, C = n_embd channels, H heads of D = head_dim channels,
 S tokens that attention looks back on, V tokens in the vocabulary.
@@ -17,6 +17,7 @@ PaLM appendix B, https://arxiv.org/abs/2204.02311 (FLOPs, MFU).
 
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import math
@@ -376,18 +377,19 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, training):
+    def forward(ctx, x, weight, targets, training, frozen):
         w, counted = weight.to(x.dtype), targets != -1
         x, targets = x * counted.unsqueeze(1), targets.clamp(min=0).unsqueeze(1)
         # each piece is added to the gradient of all weights: the faster a device multiplies, the larger it has to be
         pieces = math.ceil(x.size(0) * w.size(0) / (2**26 if x.is_cpu else 2**28))
         buffer = x.new_empty(math.ceil(x.size(0) / pieces), w.size(0))
-        nats, dx, dw = [], [], torch.zeros_like(weight, dtype=torch.float32) if training else None
+        nats, dx, dw = [], [], torch.zeros_like(weight, dtype=torch.float32) if training and not frozen else None
         for rows, target in zip(x.chunk(pieces), targets.chunk(pieces), strict=True):
             logits = torch.mm(rows, w.t(), out=buffer[: len(rows)])
             nats.append(cross_entropy_(logits, target))
             if training:
                 dx.append(logits @ w)
+            if dw is not None:
                 dw += logits.t() @ rows
         count = counted.sum()
         if training:
@@ -397,7 +399,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw, share = ctx.saved_tensors
-        return dx * (grad * share).to(dx.dtype), dw.mul_(grad * share.amax()), None, None
+        dw = None if dw is None else dw.mul_(grad * share.amax())
+        return dx * (grad * share).to(dx.dtype), dw, None, None, None
 
 
 def cross_entropy_(logits, targets):
@@ -459,6 +462,7 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie()
         self.init_weights()
+        self.lora = None  # by add_lora()
         self.compiled_step = None  # by compile_generation()
         self.gradient_checkpointing = False  # for training: each block's inputs are kept, the rest is computed again
 
@@ -527,8 +531,8 @@ class GPT(nn.Module):
         if not return_logits:
             if torch.is_autocast_enabled(x.device.type):
                 x = x.to(torch.get_autocast_dtype(x.device.type))
-            x, weight = x.view(B * T, -1), self.lm_head.weight
-            return None, LinearCrossEntropy.apply(x, weight, targets.reshape(-1), torch.is_grad_enabled())
+            x, weight, training = x.view(B * T, -1), self.lm_head.weight, torch.is_grad_enabled()
+            return None, LinearCrossEntropy.apply(x, weight, targets.reshape(-1), training, not weight.requires_grad)
         logits = self.lm_head(x)  # (B, T, V)
         loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1), ignore_index=-1)
         return logits, loss
@@ -617,10 +621,13 @@ class GPT(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint, **override):
-        """The model of a checkpoint, on the CPU; override replaces fields of its GPTConfig (dropout, say).
+        """The model of a checkpoint, on the CPU; override replaces fields of its GPTConfig (dropout, say). One of LoRA
+        brings its base along, from where that was.
 
-        ValueError names every weight that is missing, unknown or of another shape.
+        ValueError names every weight that is missing, unknown or of another shape; OSError when the base is gone.
         """
+        if "lora" in checkpoint:
+            return cls.from_adapter(checkpoint, **override)
         unknown = set(checkpoint["model_args"]) - {field.name for field in fields(GPTConfig)}
         if unknown:
             names = ", ".join(sorted(map(str, unknown)))
@@ -633,16 +640,33 @@ class GPT(nn.Module):
             raise ValueError(f"weights do not fit the model: {len(weights)} of them for {config.n_layer} layers")
         with torch.device("meta"):  # no memory and no time for weights that are replaced at once
             model = cls(config)
-        shapes, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (weights, model.state_dict()))
-        wrong = [k for k in sorted(shapes.keys() | expected) if shapes.get(k) != expected.get(k)]
-        if wrong:
-            lines = [f"{k} {shapes.get(k, 'missing')} instead of {expected.get(k, 'nothing')}" for k in wrong]
-            more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-            raise ValueError("weights do not fit the model: " + "; ".join(lines[:4]) + more)
+        check_shapes(weights, model.state_dict())
         # copies: the tensors of a checkpoint may still lie in its file
         weights = {k: torch.empty(v.shape).copy_(v.detach()) for k, v in weights.items()}
         model.load_state_dict(weights, assign=True)
         model.tie()
+        return model
+
+    @classmethod
+    def from_adapter(cls, checkpoint, **override):
+        """from_checkpoint() for one of LoRA: its base, with the adapter beside the weights."""
+        lora = checkpoint["lora"]
+        try:
+            found, _ = find_checkpoint(lora["base"], (BEST, LATEST, PREVIOUS), "")
+            if found and "lora" in found:
+                raise ValueError(f"{lora['base']} holds an adapter itself")
+            model = cls.from_checkpoint(found, **override) if found else cls.from_pretrained(lora["base"], override)
+        except (OSError, ValueError) as e:
+            raise type(e)(f"the base of this adapter is not to be had: {e}") from None
+        checksum = model.checksum()
+        if checksum != lora["checksum"]:
+            raise ValueError(f"{lora['base']} no longer holds the weights that this adapter was trained on")
+        block_size = checkpoint["model_args"].get("block_size")
+        if type(block_size) is int and 0 < block_size < model.config.block_size:
+            model.crop_block_size(block_size)
+        model.add_lora(**{name: value for name, value in lora.items() if name != "checksum"}, checksum=checksum)
+        check_shapes(checkpoint["model"], model.trained_state())
+        model.load_state_dict({k: v.float() for k, v in checkpoint["model"].items()}, strict=False)
         return model
 
     @classmethod
@@ -703,18 +727,96 @@ class GPT(nn.Module):
         family = hub_family(config)
         heads = [n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
         for name, p in self.named_parameters():
-            name = name.removeprefix("transformer.")
+            # those of LoRA are called as peft calls them in a file: h.0.attn.c_attn.lora_A.weight
+            name = re.sub(r"^transformer\.|\.base_layer|\.default", "", name)
+            module, kind = re.fullmatch(r"(.+?)\.((?:lora_[AB]\.)?(?:weight|bias))", name).groups()
             if family == "gpt2":
                 # its Conv1D keeps the matrices of the blocks as (in, out), nn.Linear as (out, in)
-                places[name] = p.t() if name.startswith("h.") and p.dim() == 2 else p
+                places[name] = p.t() if name.startswith("h.") and p.dim() == 2 and kind == "weight" else p
                 continue
-            module, _, kind = name.rpartition(".")  # kind: weight or bias
             layer = re.match(r"h\.(\d+)\.", module)
             theirs = LLAMA_NAMES[module[layer.end() :] if layer else module]
             rows = {1: [len(p)], 2: [config.n_hidden] * 2, 3: heads}[len(theirs)]
-            for part, piece in zip(theirs, p.split(rows), strict=True):
+            # rows belong to outputs; lora_A has none of its own for each, so all parts share it
+            pieces = [p] * len(theirs) if kind == "lora_A.weight" else p.split(rows)
+            for part, piece in zip(theirs, pieces, strict=True):
                 places[f"model.layers.{layer[1]}.{part}.{kind}" if layer else f"{part}.{kind}"] = piece
         return places
+
+    # ---- LoRA
+
+    def checksum(self):
+        """A short text that is another one for other weights."""
+        digest = hashlib.sha256()
+        for p in self.parameters():
+            digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def add_lora(self, base, rank, alpha, dropout, targets, checksum=None):
+        """Freeze all weights, and put the product of two thin matrices that are trained, (out, rank) and (rank, in),
+        times alpha / rank, beside each of those that targets names: Linear layers of the blocks, commas between
+        (https://arxiv.org/abs/2106.09685). base: where the frozen weights can be had again, for checkpoints, which
+        hold the thin ones alone. ValueError where something does not fit, or the peft library is not there."""
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise ValueError("LoRA needs the peft library: pip install peft") from None
+        linear = [name for name, module in self.transformer.h[0].named_modules() if isinstance(module, Linear)]
+        known = sorted({name.split(".")[-1] for name in linear}) + linear
+        for name in targets.split(","):
+            if name not in known:
+                raise ValueError(f"lora_targets takes some of {', '.join(known)}, commas between, not {name!r}")
+        if not 1 <= rank <= self.config.n_embd or alpha < 1 or not 0 <= dropout < 1:
+            most = self.config.n_embd
+            raise ValueError(f"lora_rank takes 1 to n_embd={most}, lora_alpha 1 or more, lora_dropout 0 to less than 1")
+        self.lora = dict(base=base, rank=rank, alpha=alpha, dropout=dropout, targets=targets)
+        self.lora["checksum"] = checksum or self.checksum()
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets.split(","))
+        inject_adapter_in_model(config, self)
+
+    def lora_layers(self):
+        """[(name, module)] of the layers that LoRA has put something beside."""
+        return [(name, module) for name, module in self.named_modules() if hasattr(module, "base_layer")]
+
+    def merge_lora(self):
+        """Add what LoRA has put beside the weights to them: the same model, as if all of it had been trained."""
+        for name, layer in self.lora_layers():
+            layer.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(self.get_submodule(parent), child, layer.base_layer)
+        if self.lora:
+            self.lora = None
+            del self.peft_config
+            self.requires_grad_(True)
+
+    def use_lora(self, on):
+        """Compute with LoRA's part, or as if it were not there."""
+        for _, layer in self.lora_layers():
+            layer.enable_adapters(on)
+
+    def save_adapter(self, folder):
+        """Write LoRA's part into folder as adapter_config.json and adapter_model.safetensors, for PeftModel of the peft
+        library and for vLLM, to go with what save_pretrained() makes of the base. Errors are the same."""
+        import safetensors.torch
+        from peft import LoraConfig
+
+        gpt2 = hub_family(self.config) == "gpt2"
+        prefix = "base_model.model." + "transformer." * gpt2
+        weights = {name: p.detach().clone() for name, p in self.hub_layout().items() if ".lora_" in name}
+        targets = {".".join(name.split(".lora_")[0].split(".")[-2:]) for name in weights}
+        os.makedirs(folder, exist_ok=True)
+        path = os.path.join(folder, "adapter_model.safetensors")
+        safetensors.torch.save_file({prefix + k: v for k, v in weights.items()}, path, metadata={"format": "pt"})
+        LoraConfig(
+            task_type="CAUSAL_LM", base_model_name_or_path=self.lora["base"], target_modules=sorted(targets),
+            r=self.lora["rank"], lora_alpha=self.lora["alpha"], lora_dropout=self.lora["dropout"], fan_in_fan_out=gpt2,
+            inference_mode=True,
+        ).save_pretrained(folder)  # fmt: skip
+
+    def trained_state(self, **options):
+        """state_dict(), of LoRA's weights alone where there are any: what a checkpoint holds."""
+        state = self.state_dict(**options)
+        return {name: weight for name, weight in state.items() if ".lora_" in name} if self.lora else state
 
     # ---- training
 
@@ -734,12 +836,38 @@ class GPT(nn.Module):
         matrices = {"params": [p for p in params if id(p) in hidden], "weight_decay": weight_decay, "momentum": 0.95}
         return Muon([*groups, matrices], dtype, **options)
 
+    def training_bytes(self, B, T):
+        """Bytes of tensors that a step on B sequences of T tokens will hold, counted on one and on two sequences: the
+        weights, for each that is trained a gradient and AdamW's two moments (Muon's one is less), and what the forward
+        pass keeps for the backward pass, in the precision of the caller's autocast and without torch.compile."""
+        kept, known = [], {p.untyped_storage()._cdata for p in self.parameters()}
+        recompute, self.gradient_checkpointing = self.gradient_checkpointing, False
+        for sequences in (1, 2):
+            idx, storages = torch.zeros(sequences, T, dtype=torch.int64, device=self.lm_head.weight.device), {}
+
+            def keep(tensor, storages=storages):
+                storages[tensor.untyped_storage()._cdata] = tensor
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                self(idx, idx, return_logits=False)
+            kept.append(sum(t.untyped_storage().nbytes() for s, t in storages.items() if s not in known))
+        self.gradient_checkpointing = recompute
+        activations = kept[0] + (B - 1) * (kept[1] - kept[0])
+        if recompute:  # a block's, and all blocks' inputs
+            activations = activations / self.config.n_layer + 4 * B * T * self.config.n_embd * self.config.n_layer
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return sum(p.nbytes for p in self.parameters()) + 12 * trained + activations
+
     def flops_per_token(self, T=None):
         """Floating-point operations that training on one of T tokens (block_size by default) takes: 6 for each weight
-        of a matrix product, and 12 * n_layer * n_head * head_dim * T for attention (PaLM appendix B)."""
-        matrices = sum(p.numel() for p in self.parameters() if p.dim() == 2) - sum(p.numel() for p in self.looked_up())
+        of a matrix product, 4 if it is frozen, and 12 * n_layer * n_head * head_dim * T for attention (PaLM appendix
+        B)."""
+        looked_up = {id(p) for p in self.looked_up()}
+        matrices = [p for p in self.parameters() if p.dim() == 2 and id(p) not in looked_up]
         attended = self.config.n_head * self.config.head_dim * (T or self.config.block_size)
-        return 6 * matrices + 12 * self.config.n_layer * attended
+        products = sum((6 if p.requires_grad else 4) * p.numel() for p in matrices)
+        return products + 12 * self.config.n_layer * attended
 
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak=None, T=None):
         """Model FLOPs utilisation: the share of the peak (FLOP/s; found by peak_flops when not given) that training
@@ -1070,12 +1198,25 @@ def check_checkpoint(checkpoint):
             raise ValueError(f"it has no {part}")
     if not all(isinstance(k, str) and is_plain(v) for k, v in checkpoint["model"].items()):
         raise ValueError("its model is not made of dense tensors of numbers")
-    kinds = {"config": dict, "optimizer": dict, "scaler": dict, "tokenizer": (dict, type(None)), "iter_num": int}
-    for part, kind in kinds.items():
+    kinds = {"config": dict, "optimizer": dict, "scaler": dict, "lora": dict, "iter_num": int}
+    for part, kind in (kinds | {"tokenizer": (dict, type(None)), "wandb_id": (str, type(None))}).items():
         if part in checkpoint and not isinstance(checkpoint[part], kind):
             raise ValueError(f"its {part} is a {type(checkpoint[part]).__name__}")
+    kinds = {"base": str, "rank": int, "alpha": int, "dropout": float, "targets": str, "checksum": str}
+    if "lora" in checkpoint and {k: type(v) for k, v in checkpoint["lora"].items()} != kinds:
+        raise ValueError("its lora is not what it has to be")
     if not 0 <= checkpoint.get("iter_num", 0) < 2**63 or math.isnan(float(checkpoint.get("best_val_loss", 0))):
         raise ValueError("its iter_num or best_val_loss is out of range")
+
+
+def check_shapes(weights, expected):
+    """ValueError names the tensors of a state_dict that are missing, unknown or of another shape than expected."""
+    found, expected = ({k: tuple(v.shape) for k, v in d.items()} for d in (weights, expected))
+    wrong = [k for k in sorted(found.keys() | expected) if found.get(k) != expected.get(k)]
+    if wrong:
+        lines = [f"{k} {found.get(k, 'missing')} instead of {expected.get(k, 'nothing')}" for k in wrong]
+        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise ValueError("weights do not fit the model: " + "; ".join(lines[:4]) + more)
 
 
 def is_plain(x):
@@ -1155,3 +1296,15 @@ def peak_flops(device, dtype):
             return rate * 1e12 / (2 if tf32 else 1), f"data sheet of {name}" + (", TF32" if tf32 else "")
         return None, f"peak of {name} in {str(dtype)[6:]} unknown"
     return None, f"peak of {device.type} unknown"
+
+
+def peak_memory(device_type):
+    """Bytes used at most so far: of tensors on a CUDA device, else of the whole process; None where nothing says."""
+    if device_type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError), open("/proc/self/status") as f:
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", f.read())[1])
+    with contextlib.suppress(ImportError):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -9,20 +9,26 @@ Generate text with a trained GPT.
     python sample.py --out_dir=out --interactive                       continue whatever you type
     python sample.py --init_from=gpt2-xl --start="What is the answer?" GPT-2 itself, or any Llama or Qwen3 on the Hub
     python sample.py --out_dir=out --export=folder                     write it for transformers, vLLM, llama.cpp ...
+    python sample.py --out_dir=out-lora --compare                      an adapter beside its base, text and losses
+    python sample.py --out_dir=out-lora --export=folder --merge        write both as one model
 
 The checkpoint brings its tokenizer along; the same seed gives the same text. Exit codes: 0 done, 2 wrong usage, 130
 stopped by Ctrl-C.
 """
 
 import contextlib
+import itertools
+import math
 import os
+import shutil
 import sys
+import textwrap
 
 import torch
 
 from configurator import can_compile, configure, end_with_the_pipe, fail, pick_device, usage_errors
-from data.shards import read_meta
-from data.tokenizer import from_description, from_hub
+from data.shards import Dataset, eval_windows, read_meta
+from data.tokenizer import from_description, from_hub, prompt_ids, same_tokens
 from model import BEST, GPT, LATEST, PREVIOUS, find_checkpoint
 
 # -----------------------------------------------------------------------------
@@ -39,6 +45,9 @@ slide = 1  # tokens to drop when block_size is full; more is faster from there o
 stream = False  # print tokens as they come, sample after sample; False: all samples at once, in a batch
 interactive = False  # read prompts from the terminal, line after line; implies stream
 export = ""  # instead of sampling, write model and tokenizer into this folder in the format of transformers
+merge = False  # with export: write an adapter and its base as one model; False: the adapter alone, as peft has it
+compare = False  # print what an adapter and its base write side by side, and their losses on the dataset
+dataset = ""  # of compare, a folder in data/; empty: that of the run
 seed = 1337
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16
@@ -61,6 +70,10 @@ with usage_errors():
     checkpoint, name = find_checkpoint(init_from, (BEST, LATEST, PREVIOUS), out_dir)
     if checkpoint:
         model = GPT.from_checkpoint(checkpoint, dropout=0.0)
+        if (merge or compare) and not model.lora:
+            fail("merge and compare are for adapters of LoRA, and this checkpoint holds a whole model")
+        if not compare and not (export and not merge):
+            model.merge_lora()
         print(f"{name}: step {checkpoint.get('iter_num', 'unknown')}", file=sys.stderr)
     else:
         model = GPT.from_pretrained(init_from)
@@ -73,8 +86,8 @@ with usage_errors():
 
     # nanoGPT's checkpoints bring no tokenizer: it is that of their dataset, or GPT-2's
     description = checkpoint.get("tokenizer")
-    dataset = checkpoint.get("config", {}).get("dataset")
-    if not description and isinstance(dataset, str):
+    dataset = dataset or str(checkpoint.get("config", {}).get("dataset", ""))
+    if not description and dataset:
         description = read_meta(os.path.join("data", dataset)).get("tokenizer")
     if not description and model.config.vocab_size < 50257:
         fail(
@@ -83,9 +96,14 @@ with usage_errors():
     tokenizer = from_description(description or {"kind": "tiktoken", "name": "gpt2"})
 
     if export:
-        model.to(getattr(torch, dtype) if "dtype" in given else torch.float32).save_pretrained(export, tokenizer.eot)
-        tokenizer.save_pretrained(export)
-        print(f"written: {export}, for AutoModelForCausalLM and AutoTokenizer")
+        model.to(getattr(torch, dtype) if "dtype" in given else torch.float32)
+        if model.lora:
+            model.save_adapter(export)
+            print(f"written: {export}, for peft's PeftModel on top of {model.lora['base']}; --merge writes both")
+        else:
+            model.save_pretrained(export, tokenizer.eot)
+            tokenizer.save_pretrained(export)
+            print(f"written: {export}, for AutoModelForCausalLM and AutoTokenizer")
         sys.exit(0)
 
     if start == "-":
@@ -108,12 +126,7 @@ sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=stop_ids
 
 def encode(prompt):
     """A prompt as (1, T) token ids on the device. ValueError if it is empty or the tokenizer lacks a character."""
-    ids = tokenizer.prompt(prompt).tolist()
-    if not ids and tokenizer.eot is None:
-        raise ValueError("the prompt is empty: give at least one character with --start=")
-    if max(ids, default=0) >= model.config.vocab_size:
-        raise ValueError(f"the prompt has tokens past the model's vocabulary of {model.config.vocab_size}")
-    return torch.tensor([ids or [tokenizer.eot]], device=device)
+    return torch.tensor([prompt_ids(tokenizer, prompt, model.config.vocab_size)], device=device)
 
 
 def print_stream(x):
@@ -124,6 +137,56 @@ def print_stream(x):
     print()
 
 
+def texts(x):
+    """num_samples continuations of x, (1, T), with it, made all at once."""
+    for row in model.generate(x.repeat(num_samples, 1), max_new_tokens, **sampling).tolist():
+        with contextlib.suppress(ValueError):  # the sample ends where it first stops
+            row = row[: row.index(stop_ids[0], x.size(1))]
+        yield tokenizer.decode(row)
+
+
+@torch.no_grad()
+def mean_loss(tokens, T):
+    """Nats per token over 256 windows of T tokens at most, spread over a split."""
+    losses = []
+    for start in eval_windows(len(tokens), T, 256):
+        xy = torch.from_numpy(tokens.windows(start[None], T + 1)).to(device)
+        losses.append(model(xy[:, :-1], xy[:, 1:])[1].item())
+    return sum(losses) / len(losses)
+
+
+def print_side_by_side(x):
+    """Print what base and adapter make of x, (1, T), and of the validation text."""
+    folder = os.path.join("data", dataset)
+    with usage_errors():
+        data = Dataset(folder)
+        if data.tokenizer and not same_tokens(data.tokenizer, tokenizer.description):
+            raise ValueError(f"{folder} has another tokenizer than the model")
+        tokens, T = data.split("val"), min(model.config.block_size, 1024)
+        tokens.check(T, model.config.vocab_size)
+    samples, losses, width = [], [], (shutil.get_terminal_size().columns - 3) // 2
+    for tuned in (False, True):
+        model.use_lora(tuned)
+        generator.manual_seed(seed)
+        samples.append(list(texts(x)))
+        losses.append(mean_loss(tokens, T))
+    names = f"base, {model.lora['base']}", f"tuned, {model.lora['rank']} ranks"
+    titles = [
+        f"{name}: loss {loss:.4f}, perplexity {math.exp(loss):.2f} on {folder}"
+        for name, loss in zip(names, losses, strict=True)
+    ]
+    for pair in (titles, *zip(*samples, strict=True)):
+        columns = (sum((textwrap.wrap(line, width) or [""] for line in text.split("\n")), []) for text in pair)
+        for left, right in itertools.zip_longest(*columns, fillvalue=""):
+            print(f"{left:<{width}} | {right}".rstrip())
+        print("-" * width + "-+-" + "-" * width)
+
+
+if compare:
+    with usage_errors():
+        x = encode(start)
+    print_side_by_side(x)
+    sys.exit(0)
 if interactive:
     while True:
         try:
@@ -141,8 +204,6 @@ if stream:
         print_stream(x)
         print("---------------")
 else:
-    for row in model.generate(x.repeat(num_samples, 1), max_new_tokens, **sampling).tolist():
-        with contextlib.suppress(ValueError):  # the sample ends where it first stops
-            row = row[: row.index(stop_ids[0], x.size(1))]
-        print(tokenizer.decode(row))
+    for text in texts(x):
+        print(text)
         print("---------------")

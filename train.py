@@ -7,6 +7,7 @@ GPT-2 of 124M parameters on OpenWebText.
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py                  8 GPUs of one machine
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP --master_port=1234 train.py ...   two nodes
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py --fsdp        a model too large for one GPU
+    python train.py --plot=out-a,out-b                                     draw loss curves of runs into loss.png
 
 out_dir then holds ckpt.pt (the latest state, to resume from), ckpt_prev.pt (the one before it), ckpt_best.pt (the
 weights with the lowest validation loss, to sample from) and metrics.jsonl. Ctrl-C or SIGTERM finishes the step, saves
@@ -21,6 +22,7 @@ that was killed leaves none.
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -38,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import can_compile, check, configure, fail, pick_device, usage_errors
 from data.shards import Dataset, FolderLock, eval_windows, train_windows
-from data.tokenizer import from_description, from_hub, same_tokens
+from data.tokenizer import from_description, from_hub, prompt_ids, same_tokens
 from model import (
     BEST,
     GPT,
@@ -49,6 +51,7 @@ from model import (
     load_optimizer,
     padded,
     peak_flops,
+    peak_memory,
     save_checkpoint,
 )
 
@@ -56,14 +59,19 @@ from model import (
 # input and output
 out_dir = "out"
 eval_interval = 2000  # steps from evaluation to evaluation
-eval_iters = 200  # batches of each split that an evaluation looks at, the same ones each time
+eval_iters = 200  # batches of each split that an evaluation looks at, the same ones each time; 0: all of val
 eval_only = False  # evaluate once and exit
 log_interval = 1  # steps from log line to log line
 always_save_checkpoint = True  # save ckpt.pt at every evaluation; False: only when the validation loss is a new best
 save_interval = 0  # save ckpt.pt every so many steps as well; 0: only as above
+sample_interval = 2000  # steps from sample of text to sample of text, and one at the end; 0: none
+sample_prompt = "\n"  # what they continue
+loss_plot = False  # draw the loss curves into out_dir/loss.png at every evaluation (pip install matplotlib)
+plot = ""  # out_dirs of runs, commas between: draw their curves into loss.png, and exit
 init_from = "scratch"  # scratch, resume, auto (resume if possible), a checkpoint or its folder, a Hub name or folder
-# Weights & Biases
-wandb_log = False  # log there as well as in metrics.jsonl
+# logging: out_dir/metrics.jsonl always has everything
+tensorboard_log = False  # for tensorboard --logdir=out_dir as well (pip install tensorboard)
+wandb_log = False  # for Weights & Biases as well
 wandb_project = "owt"
 wandb_run_name = "gpt2"
 # data
@@ -87,6 +95,11 @@ n_kv_head = 0  # heads of keys and values, each shared by a group of query heads
 qk_norm = False  # normalise queries and keys
 tied = True  # the output layer shares the weights of the token embeddings
 gradient_checkpointing = False  # compute each block again in the backward pass: less memory, a third more time
+# LoRA: keep the weights of init_from as they are, and train two thin matrices beside each (pip install peft)
+lora_rank = 0  # how thin: 8 to 64 are usual; 0: no LoRA, all weights are trained
+lora_alpha = 16  # their product counts lora_alpha / lora_rank times
+lora_dropout = 0.0  # of what they are multiplied with
+lora_targets = "c_attn,c_proj,c_fc"  # beside which: queries, keys and values; results; the MLP's hidden layer
 # optimizer
 muon = False  # Muon for the matrices of the blocks and AdamW for the rest; False: AdamW for all
 learning_rate = 6e-4  # peak, after the warmup
@@ -114,6 +127,42 @@ deterministic = False  # on GPUs: only algorithms that repeat bit for bit, slowe
 # -----------------------------------------------------------------------------
 config, given = configure(globals())
 
+
+def is_before(line, it):
+    """Whether a line of metrics.jsonl is whole and of a step before it; those from there on will be logged again."""
+    try:
+        return json.loads(line)["iter"] < it
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def draw_losses(folders, path):
+    """Draw the losses in the metrics.jsonl of some out_dirs into a picture. OSError if it cannot be read or written."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for i, folder in enumerate(folders):
+        with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8", errors="replace") as f:
+            records = [json.loads(line) for line in f if is_before(line, math.inf)]
+        for key, style in (("loss", dict(alpha=0.4, linewidth=0.7)), ("val/loss", dict(marker=".", label=folder))):
+            points = [(r["iter"], r[key]) for r in records if isinstance(r.get(key), float)]
+            axes.plot(*zip(*points or [(math.nan, math.nan)], strict=True), color=f"C{i}", **style)
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend(title="validation; training in pale")
+    figure.savefig(path + ".tmp", format="png")
+    os.replace(path + ".tmp", path)
+
+
+if (plot or loss_plot) and not importlib.util.find_spec("matplotlib"):
+    fail("pictures want matplotlib: pip install matplotlib, or leave out --plot and --loss_plot")
+if plot:
+    with usage_errors():
+        draw_losses([folder for folder in plot.split(",") if folder], "loss.png")
+    print("drawn: loss.png")
+    sys.exit(0)
+
 if init_from == "auto":
     there = any(os.path.exists(os.path.join(out_dir, name)) for name in (LATEST, PREVIOUS))
     init_from = "resume" if there else "scratch"
@@ -132,15 +181,16 @@ if checkpoint and (resuming or eval_only):
     config.update({k: check(k, v, config[k], checkpoint_name) for k, v in before.items() if k not in today})
     globals().update(config, init_from=init_from)
 
-positive = ("eval_interval", "eval_iters", "log_interval", "batch_size", "block_size", "timeout")
-for name in (*positive, "gradient_accumulation_steps"):
+positive = ("eval_interval", "log_interval", "batch_size", "block_size", "timeout", "gradient_accumulation_steps")
+for name in positive:
     if config[name] < 1:
         fail(f"{name} must be at least 1, not {config[name]}")
 if batch_size * (block_size + 1) >= 2**31:
     fail(f"{batch_size} x {block_size} tokens are too many for a micro-batch: lower --batch_size")
 if not out_dir:
     fail("out_dir must not be empty")
-for name in ("save_interval", "max_iters", "warmup_iters", "learning_rate", "weight_decay", "grad_clip", "seed"):
+not_negative = ("eval_iters", "save_interval", "sample_interval", "lora_rank", "max_iters", "warmup_iters")
+for name in (*not_negative, "learning_rate", "weight_decay", "grad_clip", "seed"):
     if config[name] < 0:
         fail(f"{name} must not be negative, but is {config[name]}")
 for name in ("beta1", "beta2", "wsd_decay_frac"):
@@ -170,6 +220,10 @@ if gradient_accumulation_steps % world_size:
         f"gradient_accumulation_steps={gradient_accumulation_steps} is no multiple of the {world_size} processes: "
         f"try --gradient_accumulation_steps={math.ceil(gradient_accumulation_steps / world_size) * world_size}"
     )
+if lora_rank and init_from == "scratch":
+    fail("LoRA begins from a trained model: give --init_from=, a checkpoint, its folder or a Hub name")
+if lora_rank and muon:
+    fail("Muon is for whole matrices, not for LoRA's thin ones: give --muon=False")
 sharded, replicated = ddp and fsdp, ddp and not fsdp  # the weights; a process alone has them all in either case
 if fsdp and "fsdp" in given and not ddp:
     fail("fsdp wants several processes: torchrun --standalone --nproc_per_node=8 train.py ..., or --fsdp=False")
@@ -219,17 +273,19 @@ if deterministic:
     torch.use_deterministic_algorithms(True)
 
 terminal = sys.stdout.isatty()
+bold = terminal and os.name == "posix" and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
 
 
-def say(line, passing=False):
-    """Print a line. On a terminal the next line replaces a passing one."""
+def say(text, passing=False):
+    """Print a text. On a terminal whatever comes next replaces a passing line."""
     if not master:
         return
     if terminal:
         width = shutil.get_terminal_size().columns - 1
-        line = "\r" + (line[:width] if passing else line).ljust(width)
+        text = re.sub(r"^(WARNING|step \d+|done)", "\33[1m\\1\33[0m", text) if bold else text
+        text = "\r".ljust(width + 1) + "\r" + (text[:width] if passing else text)
     with contextlib.suppress(OSError):  # a terminal or a pipe that is gone does not end a run
-        print(line, end="" if terminal and passing else "\n", flush=True)
+        print(text, end="" if terminal and passing else "\n", flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -246,9 +302,13 @@ with usage_errors():
         model = GPT.from_checkpoint(checkpoint, dropout=dropout)
     else:
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
-    for name, value in dataclasses.asdict(model.config).items():
+    if not resuming:
+        model.merge_lora()  # where it begins from an adapter, from the sum
+    lora = {f"lora_{name}": value for name, value in (model.lora or {"rank": 0} if resuming else {}).items()}
+    for name, value in (dataclasses.asdict(model.config) | lora).items():
         if name in config and name not in ("block_size", "dropout"):
-            if name in given and config[name] != value and (config[name] or type(value) is bool):  # 0: as it comes
+            as_it_comes = not config[name] and type(value) is not bool and name not in lora  # what 0 stands for
+            if name in given and config[name] != value and not as_it_comes:
                 fail(f"{name}={config[name]} was given, but the model of {init_from} has {value}")
             config[name] = value
     longest, rope = model.config.block_size, model.config.position == "rope"
@@ -273,6 +333,14 @@ with usage_errors():
             + (f"python sample.py --init_from={init_from} --export=out-hub and then " if checkpoint else "")
             + f"python data/text/prepare.py ... --tokenizer={'out-hub' if checkpoint else init_from}"
         )
+    if lora_rank and not resuming and not eval_only:
+        if checkpoint and "lora" in checkpoint:
+            fail(f"{init_from} is an adapter itself: first python sample.py --init_from={init_from} --export=x --merge")
+        base_folder = init_from if os.path.isdir(init_from) else os.path.dirname(init_from)
+        if checkpoint and os.path.realpath(base_folder) == os.path.realpath(out_dir):
+            fail(f"the adapter needs the checkpoint in {out_dir} to stay: give another --out_dir")
+        torch.manual_seed(seed)
+        model.add_lora(init_from, lora_rank, lora_alpha, lora_dropout, lora_targets)
     if sharded:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -291,17 +359,27 @@ with usage_errors():
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, muon, ptdtype)
 
 byte_lengths = torch.zeros(model.config.vocab_size, dtype=torch.int64)  # of the text that each token stands for
+prompt, spelling = None, None  # of the samples of text: token ids, (1, T), and the tokenizer
 if tokenizer:
     try:
-        known = torch.from_numpy(from_description(tokenizer).byte_lengths()[: len(byte_lengths)])
+        spelling = from_description(tokenizer)
+        known = torch.from_numpy(spelling.byte_lengths()[: len(byte_lengths)])
         byte_lengths[: len(known)] = known
     except ValueError as e:
-        say(f"no bits per byte: {e}")
+        say(f"no bits per byte and no samples: {e}")
+if sample_interval and spelling and not eval_only:
+    try:
+        prompt = torch.tensor([prompt_ids(spelling, sample_prompt, len(byte_lengths))], device=device)
+    except ValueError as e:
+        if "sample_prompt" in given:
+            fail(f"sample_prompt: {e}")
+        say(f"no samples of text, which --sample_prompt= gives: {e}")
 
-iter_num, best_val_loss = 0, 1e9
+iter_num, best_val_loss, wandb_id = 0, 1e9, None
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 if resuming:
     iter_num, best_val_loss = checkpoint.get("iter_num", 0), float(checkpoint.get("best_val_loss", 1e9))
+    wandb_id = checkpoint.get("wandb_id")  # charts go on in the same run
     say(f"resuming from {os.path.join(out_dir, checkpoint_name)} at step {iter_num}")
     changed = {k for k in given & set(before) if before[k] != config[k]}
     if changed := changed - {"init_from", "out_dir", "device", "eval_only"}:
@@ -319,7 +397,13 @@ checkpoint = None  # its memory is needed
 
 model.gradient_checkpointing = gradient_checkpointing
 raw_model = model
-if compile and can_compile(device):
+autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32")
+memory = None  # bytes that a step will take
+if not sharded and not eval_only:
+    with autocast:
+        memory = model.training_bytes(batch_size, block_size)
+compile = compile and can_compile(device)
+if compile:
     if sharded:  # between blocks the weights are gathered, so each is compiled for itself
         for block in model.transformer.h:
             block.forward = torch.compile(block.forward, dynamic=False)
@@ -328,7 +412,6 @@ if compile and can_compile(device):
 if replicated:
     ids = [torch.device(device).index] if device_type == "cuda" else None
     model = DDP(model, device_ids=ids, gradient_as_bucket_view=True)  # no copy of the gradients to send
-autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32")
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 damaged = False  # whether this process met data that cannot be trained on
 asked = 0  # the signal that asked this process to stop
@@ -368,14 +451,19 @@ def any_process(flag):
 @torch.no_grad()
 def estimate_loss():
     """Evaluate on eval_iters * batch_size windows of each split (all, where there are fewer) that are spread evenly and
-    are the same each time. Returns a record for log(): mean losses in nats per token; of val also the perplexity, and
-    the bits per byte of its text, None where the tokenizer is not at hand. None instead if it is asked to stop or meets
-    damaged data."""
+    are the same each time; with eval_iters=0 on every token of val but the first, and as much of train. Returns a
+    record for log(): mean losses in nats per token; of val also the perplexity, the bits per byte of its text, None
+    where the tokenizer is not at hand, and how many tokens it was. None instead if it is asked to stop or meets damaged
+    data."""
     global damaged
     raw_model.eval()
-    record, stopping = {"iter": iter_num}, False
+    record, stopping = {}, False
+    every = (len(tokens["val"]) - 1) // block_size
     for split, stream in tokens.items():
-        starts = eval_windows(len(stream), block_size, eval_iters * batch_size)
+        starts = eval_windows(len(stream), block_size, eval_iters * batch_size or every)
+        rest = (len(stream) - 1) % block_size if split == "val" and not eval_iters else 0
+        if rest:
+            starts = np.append(starts, len(stream) - 1 - block_size)  # a last window for the tokens left over
         sums = torch.zeros(3, dtype=torch.float64)  # of losses, tokens, bytes
         for i in range(0, len(starts), world_size * batch_size):
             stopping = any_process(asked or damaged)
@@ -383,10 +471,14 @@ def estimate_loss():
                 break
             mine = starts[i + rank * batch_size :][:batch_size]
             X, Y = get_batch(split, mine if len(mine) else starts[:batch_size])  # sharded weights want all processes
+            if rest and len(mine) and mine[-1] == starts[-1]:
+                Y = Y.clone()
+                Y[-1, :-rest] = -1  # counted in the window before
             with autocast:
                 _, loss = raw_model(X, Y, return_logits=False)
             if len(mine):
-                sums += torch.tensor([loss.item() * Y.numel(), Y.numel(), byte_lengths[Y.cpu()].sum().item()])
+                counted = Y[Y != -1].cpu()
+                sums += torch.tensor([loss.item() * len(counted), len(counted), byte_lengths[counted].sum().item()])
         if stopping:
             break
         if ddp:  # each process had its share
@@ -397,9 +489,22 @@ def estimate_loss():
         if split == "val":
             record["val/perplexity"] = math.exp(min(total / count, 700))
             record["val/bits_per_byte"] = total / math.log(2) / n_bytes if n_bytes else None
+            record["val/tokens"] = int(count)
     raw_model.train()
     damaged = any_process(damaged)
     return None if stopping or damaged else record
+
+
+def write_sample():
+    """What the model makes of the prompt now, 100 tokens of it. It draws from a generator of its own, so that training
+    goes on as if nothing had been. Processes that share the weights must all take part."""
+    raw_model.eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    # a compiled model would be compiled anew for each length
+    with torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext(), autocast:
+        ids = raw_model.generate(prompt, 100, temperature=0.8, top_k=200, generator=generator)
+    raw_model.train()
+    return spelling.decode(ids[0].tolist())
 
 
 def get_lr(it):
@@ -451,14 +556,17 @@ def save(name):
     settle()
     copied = sharded or device_type != "cpu"
     state = {
-        "model": raw_model.state_dict(keep_vars=copied),
+        "model": raw_model.trained_state(keep_vars=copied),
         "model_args": raw_model.config.to_dict(),
         "iter_num": iter_num,
         "best_val_loss": best_val_loss,
         "config": config,
         "tokenizer": tokenizer,
+        "wandb_id": wandb_id,
         "format": 1,
     }
+    if raw_model.lora:
+        state["lora"] = raw_model.lora
     if name != BEST:
         state.update(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
     state = on_host(state, {}) if copied else state
@@ -486,35 +594,39 @@ def settle():
 
 
 def log(record):
-    """Append a record to metrics.jsonl, and to wandb."""
+    """Append a record of numbers and texts to metrics.jsonl, and to TensorBoard and wandb."""
     if not master or eval_only:
         return
+    record = {"iter": iter_num} | {name: value for name, value in record.items() if value is not None}
     try:
         with open(metrics_path, "a", encoding="utf-8") as f:
             f.write(json.dumps(record) + "\n")
     except OSError as e:
         say(f"WARNING: {metrics_path} is not written ({e})")
-    if wandb_log:
-        try:
-            wandb.log(record)
-        except Exception as e:  # whatever it is, it is not worth the run
-            say(f"WARNING: wandb does not log ({e})")
-
-
-def is_before(line, it):
-    """Whether a line of metrics.jsonl is whole and of a step before it; those from there on will be logged again."""
     try:
-        return json.loads(line)["iter"] < it
-    except (ValueError, KeyError, TypeError):
-        return False
+        for name, value in record.items() if tensorboard else ():
+            add = tensorboard.add_text if isinstance(value, str) else tensorboard.add_scalar
+            add(name, value, iter_num)
+        if wandb_log:
+            wandb.log(record)
+    except Exception as e:  # whatever it is, it is not worth the run
+        say(f"WARNING: {'wandb' if wandb_log else 'TensorBoard'} does not log ({e})")
 
 
+tensorboard = None
 if master and not eval_only:
+    if tensorboard_log:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            fail("tensorboard_log needs tensorboard: pip install tensorboard, or --tensorboard_log=False")
     if wandb_log:
         try:
             import wandb
 
-            wandb.init(project=wandb_project, name=wandb_run_name, config=config)
+            run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id, resume="allow")
+            run.define_metric("*", step_metric="iter")  # a step that is repeated after a crash comes to the same place
+            wandb_id = run.id
         except ImportError:
             fail("wandb_log needs wandb: pip install wandb, or --wandb_log=False")
         except Exception as e:  # wandb has errors of its own, for a missing login above all
@@ -537,13 +649,17 @@ if master and not eval_only:
             numbers = (n for n in range(1, 10**6) if not os.path.exists(os.path.join(out_dir, f"previous-{n}")))
             aside = os.path.join(out_dir, f"previous-{next(numbers)}")
             os.makedirs(aside)
-            for name in (LATEST, PREVIOUS, BEST, "metrics.jsonl"):
+            for name in (LATEST, PREVIOUS, BEST, "metrics.jsonl", "loss.png", "tensorboard"):
                 if os.path.exists(os.path.join(out_dir, name)):
                     os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
             say(f"{out_dir} held an earlier run: moved to {aside}")
         elif os.path.exists(metrics_path):  # of a run that ended before its first save
             os.remove(metrics_path)
+            shutil.rmtree(os.path.join(out_dir, "tensorboard"), ignore_errors=True)
         open(metrics_path, "a").close()  # better to know now that a folder cannot be written to
+        if tensorboard_log:
+            purge = iter_num if resuming else None  # what comes from there on is logged again
+            tensorboard = SummaryWriter(os.path.join(out_dir, "tensorboard"), purge_step=purge, flush_secs=10)
 
 
 def on_signal(number, _):
@@ -563,12 +679,36 @@ if not eval_only:
         if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # nohup ignores it
             signal.signal(number, on_signal)
 
-say(device_line + (f", {world_size} processes" if ddp else ""))
-say(f"{data.folder}: {len(tokens['train']):,} tokens to train on, {len(tokens['val']):,} to validate")
-say(
-    f"model: {raw_model.get_num_params() / 1e6:.2f}M parameters; {tokens_per_iter:,} tokens a step, "
-    f"{max_iters * tokens_per_iter / len(tokens['train']):.3g} epochs in {max_iters:,} steps"
-)
+parameters = raw_model.get_num_params()
+trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
+epochs = max_iters * tokens_per_iter / len(tokens["train"])
+shape = raw_model.config
+summary = {
+    "device": device_line.removeprefix("device ") + (f", {world_size} processes" if ddp else ""),
+    "compile": str(compile),
+    "data": f"{data.folder}, {len(tokens['train']):,} tokens to train on, {len(tokens['val']):,} to validate",
+    "model": f"{parameters / 1e6:.2f}M parameters, {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide"
+    + (f"; {trained / 1e6:.2f}M are trained" if raw_model.lora else ""),
+    "step": f"{tokens_per_iter:,} tokens, {gradient_accumulation_steps} x {batch_size} x {block_size}",
+    "run": f"{max_iters:,} steps, {epochs:.3g} epochs",
+    "memory": f"about {memory / 2**30:.2f} GiB of tensors" + ", less when compiled" * compile if memory else "",
+}
+if not eval_only:
+    for name, value in summary.items():
+        say(f"{name:<8} {value}" if value else "")
+usual = 0.003239 - 0.0001395 * math.log(parameters)  # learning rate (https://arxiv.org/abs/2001.08361, D.6)
+falls = decay_lr and lr_schedule != "constant"
+doubts = {
+    "more than four epochs: from there on the same text teaches less and less": epochs > 4,
+    f"learning_rate is high, {usual:.0e} is usual for this size: the run may diverge": learning_rate > 10 * usual,
+    f"learning_rate is low, {usual:.0e} is usual for this size": learning_rate < usual / 1000,
+    "min_lr is above learning_rate": falls and min_lr > learning_rate,
+    "warmup_iters is past max_iters: learning_rate is never reached": decay_lr and 0 < max_iters <= warmup_iters,
+    "lr_decay_iters is past max_iters: min_lr is never reached": falls and 0 < max_iters < lr_decay_iters,
+}
+for doubt, holds in doubts.items():
+    if holds and not eval_only:
+        say(f"WARNING: {doubt}")
 
 # -----------------------------------------------------------------------------
 # training
@@ -593,18 +733,26 @@ while True:
             settle()
             continue
         settle()  # best_val_loss may be that of a file which could not be written
-        log(record)
+        log(record | {"parameters": parameters, "memory": peak_memory(device_type)})
         bits = record["val/bits_per_byte"]
         say(
             f"step {iter_num}: train loss {record['train/loss']:.4f}, val loss {record['val/loss']:.4f}, "
             f"perplexity {record['val/perplexity']:.2f}" + (f", {bits:.4f} bits per byte" if bits else "")
-        )
+            + f", {record['val/tokens']:,} tokens" * eval_only
+        )  # fmt: skip
+        if loss_plot and master and not eval_only:
+            with contextlib.suppress(OSError):  # log() has said so already
+                draw_losses([out_dir], os.path.join(out_dir, "loss.png"))
         if record["val/loss"] < best_val_loss and not eval_only:
             best_before, best_val_loss = best_val_loss, record["val/loss"]
             if iter_num > 0:
                 save(BEST)
             if iter_num > saved_iter or done and iter_num > 0:  # at the end for best_val_loss
                 save(LATEST)
+    if prompt is not None and iter_num > 0 and (iter_num % sample_interval == 0 or done) and (master or sharded):
+        text = write_sample()
+        log({"sample": text})
+        say(f"step {iter_num} writes:\n{text}\n---------------")
     if done or eval_only:
         break
 
@@ -669,8 +817,8 @@ while True:
             passing=True,
         )
         log({
-            "iter": iter_num, "loss": step_loss, "lr": lr, "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-            "tokens_per_second": tokens_per_iter / dt, "mfu": mfu,
+            "loss": step_loss, "lr": lr, "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "tokens": (iter_num + 1) * tokens_per_iter, "tokens_per_second": tokens_per_iter / dt, "mfu": mfu,
         })  # fmt: skip
     iter_num += 1
 
@@ -700,8 +848,10 @@ if master and not eval_only:
 if ddp:
     dist.barrier()  # a process that leaves while another still saves can bring it down
     dist.destroy_process_group()
-if wandb_log and master and not eval_only:
-    with contextlib.suppress(Exception):  # whatever it is, the run is done
+with contextlib.suppress(Exception):  # whatever it is, the run is done
+    if tensorboard:
+        tensorboard.close()
+    if wandb_log and master and not eval_only:
         wandb.finish(exit_code)
 try:
     sys.stdout.flush()

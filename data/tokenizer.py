@@ -410,6 +410,18 @@ def from_hub(name):
     return HubTokenizer(files).description
 
 
+def prompt_ids(tokenizer, text, vocab_size):
+    """The ids with which a model of so many tokens begins to continue a text, as a list: where that is empty, the end
+    of the text before it. ValueError if there are none, or the model does not know them."""
+    ids = tokenizer.prompt(text).tolist()
+    if not ids and tokenizer.eot is None:
+        raise ValueError("the prompt is empty: at least one character is wanted")
+    ids = ids or [tokenizer.eot]
+    if max(ids) >= vocab_size:
+        raise ValueError(f"the prompt has tokens past the model's vocabulary of {vocab_size}")
+    return ids
+
+
 def read_texts(folder, names):
     """{name: content} of those of the files that are there."""
     texts = {}

@@ -26,6 +26,8 @@ TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, having l
 def in_root(monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WANDB_MODE", "disabled")
+    for variable in ("WANDB_PROJECT", "SAVE_INTERVAL", "MIXED_PRECISION", "TOKENIZER"):
+        monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.fixture(scope="session")

@@ -152,7 +152,7 @@ def test_help_lists_every_setting_with_its_comment(script, name):
         line = next(
             line for line in result.out.splitlines() if line.startswith(f"  --{source[number - 1].split()[0]}=")
         )
-        assert line.endswith(comment)
+        assert line.split(" [env: ")[0].endswith(comment)
     assert len([n for n, _ in settings_of(name).values() if "  # " in source[n - 1]]) > 10
 
 
@@ -164,6 +164,7 @@ def test_every_setting_is_read(name):
         "gradient_checkpointing",
         "muon",
     }  # to a GPT
+    handed_over |= {"lora_rank", "lora_targets"} if name == "bench.py" else set()
     assert set(settings_of(name)) - read <= handed_over
 
 

@@ -215,7 +215,7 @@ def test_a_new_run_keeps_the_earlier_one_aside(train, tiny_run, finished):
     train(tiny_run.flags, "--seed=2", "--max_iters=0")
     assert_same_state(finished, read_checkpoint(tiny_run.out / "previous-1" / LATEST))
     train(tiny_run.flags, "--seed=1", "--max_iters=3")
-    assert len(metrics(tiny_run.out)) == 5 and read_checkpoint(tiny_run.out / LATEST)["iter_num"] == 3
+    assert len(metrics(tiny_run.out)) == 6 and read_checkpoint(tiny_run.out / LATEST)["iter_num"] == 3
 
 
 def test_a_run_from_a_checkpoint_begins_with_its_weights(train, tiny_run, finished, tmp_path):
@@ -350,7 +350,7 @@ def test_kill_9_over_and_over_ends_with_the_same_weights(train, tiny_run, tmp_pa
         # a save after every step, so that many a kill falls into one
         process = start_process("train.py", *flags, f"--out_dir={folder}", "--init_from=auto", "--save_interval=1")
         try:
-            wait_for_line(process, r"tokens a step" if reached else r"^iter 0:")
+            wait_for_line(process, r"^run " if reached else r"^iter 0:")
             process.communicate(timeout=0.3 + 0.3 * kills)
             assert process.returncode == 0
             break
