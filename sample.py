@@ -7,6 +7,7 @@ Generate text with a trained GPT.
     echo "Once upon" | python sample.py --out_dir=out --start=-        the prompt is on standard input
     python sample.py --out_dir=out --stream                            print each token as it comes
     python sample.py --out_dir=out --interactive                       continue whatever you type
+    python sample.py --out_dir=out --serve                             the same on a page in your browser
     python sample.py --init_from=gpt2-xl --start="What is the answer?" GPT-2 itself, or any Llama or Qwen3 on the Hub
     python sample.py --out_dir=out --export=folder                     write it for transformers, vLLM, llama.cpp ...
     python sample.py --out_dir=out-lora --compare                      an adapter beside its base, text and losses
@@ -17,12 +18,14 @@ stopped by Ctrl-C.
 """
 
 import contextlib
+import importlib.util
 import itertools
 import math
 import os
 import shutil
 import sys
 import textwrap
+import time
 
 import torch
 
@@ -44,6 +47,7 @@ stop = ""  # end a sample at this text, which must be one token; empty: go on to
 slide = 1  # tokens to drop when block_size is full; more is faster from there on, see GPT.stream
 stream = False  # print tokens as they come, sample after sample; False: all samples at once, in a batch
 interactive = False  # read prompts from the terminal, line after line; implies stream
+serve = False  # take prompts from a page, which only this machine's browsers can open (pip install gradio)
 export = ""  # instead of sampling, write model and tokenizer into this folder in the format of transformers
 merge = False  # with export: write an adapter and its base as one model; False: the adapter alone, as peft has it
 compare = False  # print what an adapter and its base write side by side, and their losses on the dataset
@@ -60,6 +64,8 @@ end_with_the_pipe()
 for name in ("num_samples", "max_new_tokens", "slide"):
     if globals()[name] < 1:
         fail(f"{name} must be at least 1, not {globals()[name]}")
+if serve and not importlib.util.find_spec("gradio"):
+    fail("the page wants gradio: pip install gradio, or --interactive")
 if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
     fail("temperature and top_k must not be negative, and top_p must lie in [0, 1]")
 device, dtype, device_line = pick_device(device, dtype)
@@ -118,6 +124,8 @@ with usage_errors():
 if int8:
     model.quantize()
 model.to(device, getattr(torch, dtype))
+if serve and compile and device != "cpu":
+    fail("a compiled model's graphs are a single thread's on GPUs, and a page has many: leave out --compile")
 if compile and can_compile(device):
     model.compile_generation()
 generator = torch.Generator(device).manual_seed(seed)
@@ -182,6 +190,58 @@ def print_side_by_side(x):
         print("-" * width + "-+-" + "-" * width)
 
 
+def page():
+    """The page: a prompt and settings beside text that streams in. A tab that is closed ends its generation."""
+    import gradio as gr
+
+    def generate(prompt, temperature, top_k, top_p, length, stop):
+        yield prompt, ""  # gradio can end what has begun to yield, and the first token may take long
+        text, begin, options = prompt, time.perf_counter(), dict(sampling, stop=None)
+        options |= dict(temperature=temperature, top_k=top_k, top_p=top_p)
+        try:
+            tokens = (int(t) for t in model.stream(encode(prompt or start), length, **options))
+            for n, piece in enumerate(tokenizer.decode_stream(tokens), 1):
+                text += piece
+                end = text.find(stop, len(prompt)) if stop else -1
+                yield text[:end] if end >= 0 else text, f"{min(n, length) / (time.perf_counter() - begin):.1f} tokens/s"
+                if end >= 0:
+                    return
+        except ValueError as e:
+            raise gr.Error(str(e), print_exception=False) from None
+
+    with gr.Blocks(title="plainGPT", analytics_enabled=False) as blocks:
+        with gr.Row():
+            with gr.Column(scale=2):
+                shown = start.strip("\n")  # of an empty field the hint is to be seen
+                prompt = gr.Textbox(shown, label="Prompt", lines=4, placeholder="Shift+Enter generates")
+                with gr.Row():
+                    go, halt = gr.Button("Generate", variant="primary"), gr.Button("Stop")
+                text, speed = gr.Textbox(label="Text", lines=12, buttons=["copy"]), gr.Textbox(label="Speed")
+            with gr.Column():
+                knobs = [
+                    gr.Slider(0, 2, temperature, step=0.05, label="Temperature (0: always the likeliest)"),
+                    gr.Slider(0, 1000, top_k, step=1, precision=0, label="Top-k (0: off)"),
+                    gr.Slider(0, 1, top_p, step=0.01, label="Top-p (0: off)"),
+                    gr.Slider(1, 4000, max_new_tokens, step=1, precision=0, label="Length in tokens"),
+                    gr.Textbox(stop, label="Stop at this text"),
+                ]
+        run = gr.on(
+            [go.click, prompt.submit, knobs[-1].submit], generate, [prompt, *knobs], [text, speed],
+            api_name="generate", concurrency_limit=8, show_progress_on=speed,
+        )  # fmt: skip
+        halt.click(None, cancels=run)
+    return blocks
+
+
+if serve:
+    os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},127.0.0.1"  # gradio looks whether its page is there
+    with usage_errors():
+        blocks = page()
+        blocks.launch(server_name="127.0.0.1", quiet=True, footer_links=[], run_history=False, prevent_thread_lock=True)
+    print(f"open {blocks.local_url} in a browser; Ctrl-C ends it", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        blocks.server.thread.join()
+    os._exit(130)  # threads may be in the middle of a token, which Python cannot end
 if compare:
     with usage_errors():
         x = encode(start)

@@ -608,7 +608,7 @@ def log(record):
             add = tensorboard.add_text if isinstance(value, str) else tensorboard.add_scalar
             add(name, value, iter_num)
         if wandb_log:
-            wandb.log(record)
+            wandb.log(record, step=iter_num)  # it passes over steps that are repeated after a crash: they are the same
     except Exception as e:  # whatever it is, it is not worth the run
         say(f"WARNING: {'wandb' if wandb_log else 'TensorBoard'} does not log ({e})")
 
@@ -624,9 +624,8 @@ if master and not eval_only:
         try:
             import wandb
 
-            run = wandb.init(project=wandb_project, name=wandb_run_name, config=config, id=wandb_id, resume="allow")
-            run.define_metric("*", step_metric="iter")  # a step that is repeated after a crash comes to the same place
-            wandb_id = run.id
+            options = dict(project=wandb_project, name=wandb_run_name, config=config)
+            wandb_id = wandb.init(**options, id=wandb_id, resume="allow").id
         except ImportError:
             fail("wandb_log needs wandb: pip install wandb, or --wandb_log=False")
         except Exception as e:  # wandb has errors of its own, for a missing login above all
