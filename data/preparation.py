@@ -66,7 +66,7 @@ def prepare_script(doc, *names, **defaults):
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
     for name in dict.fromkeys((*defaults, *names, "force")):
         default, text = options[name], OPTIONS.get(name, ("", ""))[1]
-        text += f" ({default})" * (default not in ("", [], False))
+        text += f" ({default})" * (default not in ("", [], False)) + " [env: TOKENIZER]" * (name == "tokenizer")
         if isinstance(default, list):
             parser.add_argument(name, nargs="*", help=text)
         elif isinstance(default, bool):

@@ -1,6 +1,7 @@
 """Fixtures: a tiny dataset, and the scripts run as a user runs them, in this process or in one of their own."""
 
 import contextlib
+import json
 import os
 import runpy
 import signal
@@ -17,9 +18,34 @@ import torch
 
 from data.documents import Piece, Texts
 from data.preparation import OPTIONS, write_dataset
+from data.shards import Dataset, train_windows
+from data.tokenizer import from_description
+from model import GPT, GPTConfig, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, I left\n"
+
+
+def tensors(x, prefix=""):
+    """{path: value} of the leaves of nested dicts and lists."""
+    if isinstance(x, (dict, list, tuple)):
+        items = x.items() if isinstance(x, dict) else enumerate(x)
+        return {k: v for key, value in items for k, v in tensors(value, f"{prefix}/{key}").items()}
+    return {prefix: x}
+
+
+def assert_same_state(a, b):
+    """All that decides how training goes on is equal, bit for bit."""
+    for part in ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "scaler"):
+        left, right = tensors(a[part]), tensors(b[part])
+        assert left.keys() == right.keys()
+        for key in left:
+            same = torch.equal(left[key], right[key]) if torch.is_tensor(left[key]) else left[key] == right[key]
+            assert same, f"{part}{key}"
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(autouse=True)
@@ -98,3 +124,46 @@ def start_process():
         with contextlib.suppress(OSError):  # and the processes that it started
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@pytest.fixture
+def train(script):
+    def run(flags, *more, code=0):
+        result = script("train.py", *flags, *more)
+        assert result.code == code, result.err + result.out
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tiny, tmp_path_factory):
+    """Folder with a checkpoint of a tiny model that has learned its text a little. No dataset is named in it."""
+    data = Dataset(tiny)
+    stream = data.split("train")
+    torch.manual_seed(0)
+    model_args = dict(
+        n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=data.vocab_size, bias=False, dropout=0.0
+    )
+    model = GPT(GPTConfig(**model_args))
+    optimizer = model.configure_optimizers(0.0, 1e-2, (0.9, 0.99), "cpu")
+    for step in range(400):
+        xy = torch.from_numpy(stream.windows(train_windows(len(stream), 32, 0, step * 16, 16), 33))
+        model(xy[:, :-1], xy[:, 1:])[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("trained")
+    state = {"model": model.state_dict(), "model_args": model_args, "tokenizer": data.tokenizer, "iter_num": 200}
+    save_checkpoint(state, folder)
+    assert from_description(data.tokenizer).vocab_size == data.vocab_size
+    return folder
+
+
+@pytest.fixture
+def sample(script, trained):
+    def run(*flags, code=0):
+        result = script("sample.py", f"--out_dir={trained}", "--device=cpu", "--dtype=float32", *flags)
+        assert result.code == code, result.err
+        return result
+
+    return run

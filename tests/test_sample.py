@@ -5,47 +5,9 @@ import signal
 import subprocess
 
 import pytest
-import torch
 from conftest import TEXT
 
-from model import GPT, LATEST, read_checkpoint, save_checkpoint
-
-
-@pytest.fixture(scope="session")
-def trained(tiny, tmp_path_factory):
-    """Folder with a checkpoint of a tiny model that has learned its text a little. No dataset is named in it."""
-    from data.shards import Dataset, train_windows
-    from data.tokenizer import from_description
-    from model import GPTConfig
-
-    data = Dataset(tiny)
-    stream = data.split("train")
-    torch.manual_seed(0)
-    model_args = dict(
-        n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=data.vocab_size, bias=False, dropout=0.0
-    )
-    model = GPT(GPTConfig(**model_args))
-    optimizer = model.configure_optimizers(0.0, 1e-2, (0.9, 0.99), "cpu")
-    for step in range(400):
-        xy = torch.from_numpy(stream.windows(train_windows(len(stream), 32, 0, step * 16, 16), 33))
-        model(xy[:, :-1], xy[:, 1:])[1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    folder = tmp_path_factory.mktemp("trained")
-    state = {"model": model.state_dict(), "model_args": model_args, "tokenizer": data.tokenizer, "iter_num": 200}
-    save_checkpoint(state, folder)
-    assert from_description(data.tokenizer).vocab_size == data.vocab_size
-    return folder
-
-
-@pytest.fixture
-def sample(script, trained):
-    def run(*flags, code=0):
-        result = script("sample.py", f"--out_dir={trained}", "--device=cpu", "--dtype=float32", *flags)
-        assert result.code == code, result.err
-        return result
-
-    return run
+from model import LATEST, read_checkpoint, save_checkpoint
 
 
 def test_text_is_what_was_learned(sample):

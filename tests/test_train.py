@@ -15,42 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, assert_same_state, metrics, tensors
 
 from data.shards import FolderLock, Tokens
 from model import BEST, GPT, LATEST, PREVIOUS, load_checkpoint, load_optimizer, read_checkpoint, save_checkpoint
-
-
-def tensors(x, prefix=""):
-    """{path: value} of the leaves of nested dicts and lists."""
-    if isinstance(x, (dict, list, tuple)):
-        items = x.items() if isinstance(x, dict) else enumerate(x)
-        return {k: v for key, value in items for k, v in tensors(value, f"{prefix}/{key}").items()}
-    return {prefix: x}
-
-
-def assert_same_state(a, b):
-    """All that decides how training goes on is equal, bit for bit."""
-    for part in ("model", "optimizer", "model_args", "iter_num", "best_val_loss", "scaler"):
-        left, right = tensors(a[part]), tensors(b[part])
-        assert left.keys() == right.keys()
-        for key in left:
-            same = torch.equal(left[key], right[key]) if torch.is_tensor(left[key]) else left[key] == right[key]
-            assert same, f"{part}{key}"
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture
-def train(script):
-    def run(flags, *more, code=0):
-        result = script("train.py", *flags, *more)
-        assert result.code == code, result.err + result.out
-        return result
-
-    return run
 
 
 @pytest.fixture
@@ -875,10 +843,12 @@ def test_without_a_compiler_training_goes_on(tiny_run, start_process, tmp_path):
     assert err.count("compile=False: torch.compile does not work here") == 1 and "Traceback" not in err
 
 
-def test_a_terminal_gets_one_progress_line_and_a_pipe_plain_ones(tiny_run, start_process):
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_a_terminal_gets_one_progress_line_and_a_pipe_plain_ones(tiny_run, start_process, no_color):
     pty = pytest.importorskip("pty")
     main, secondary = pty.openpty()
-    process = start_process("train.py", *tiny_run.flags, "--max_iters=4", stdout=secondary)
+    env = {"TERM": "xterm", "NO_COLOR": no_color}
+    process = start_process("train.py", *tiny_run.flags, "--max_iters=4", stdout=secondary, env=env)
     os.close(secondary)
     shown = b""
     try:
@@ -888,5 +858,6 @@ def test_a_terminal_gets_one_progress_line_and_a_pipe_plain_ones(tiny_run, start
         pass  # the terminal's end
     assert process.wait() == 0
     assert shown.count(b"\riter ") == 4 and b"eta" in shown
+    assert (b"\x1b[1mdone\x1b[0m: 4 steps" in shown) == (not no_color) and (b"\x1b" in shown) == (not no_color)
     plain = start_process("train.py", *tiny_run.flags, "--max_iters=4").communicate()[0]
-    assert plain.count("\niter ") == 4 and "\r" not in plain
+    assert plain.count("\niter ") == 4 and "\r" not in plain and "\x1b" not in plain

@@ -1,0 +1,194 @@
+"""LoRA beside the peft library's own models, the chain rule, and runs that were not interrupted."""
+
+import json
+
+import pytest
+import torch
+from conftest import assert_same_state, metrics
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from data.shards import Dataset, eval_windows
+from model import BEST, GPT, LATEST, GPTConfig, find_checkpoint, read_checkpoint, save_checkpoint
+
+MODERN = dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2, tied=False)
+LORA = dict(base="x", rank=4, alpha=8, dropout=0.0, targets="c_attn,c_proj,c_fc")
+ARCHITECTURES = {"gpt2": {}, "llama": MODERN, "qwen3": MODERN | dict(qk_norm=True)}
+
+
+def adapted(lora=LORA, **settings):
+    """A small model with an adapter that has learned something."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=32, vocab_size=61, block_size=24, bias=False, **settings))
+    model.add_lora(**lora)
+    for name, p in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(p, std=0.1)
+    return model
+
+
+def ids(*shape):
+    return torch.randint(61, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_merged_is_unmerged_and_the_base_is_as_it_was(name):
+    model, X = adapted(**ARCHITECTURES[name]), ids(2, 24)
+    frozen = {k: p.clone() for k, p in model.named_parameters() if not p.requires_grad}
+    loss = model(X, X, return_logits=False)[1]
+    loss.backward()
+    model.configure_optimizers(0.1, 0.1, (0.9, 0.99), "cpu").step()
+    assert all(torch.equal(p, frozen[k]) for k, p in model.named_parameters() if k in frozen)
+    assert all(p.grad is not None for k, p in model.named_parameters() if k not in frozen)
+    assert model.trained_state().keys() == {k for k, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        before, _ = model(X, X)
+        model.use_lora(False)
+        base, _ = model(X, X)
+        model.use_lora(True)
+        model.merge_lora()
+        after, _ = model(X, X)
+    assert (after - before).abs().max() < 1e-5 and (base - before).abs().max() > 0.1
+    assert all(p.requires_grad for p in model.parameters()) and "lora" not in str(model)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_gradients_are_those_of_the_whole_matrices_times_the_other_factor(bfloat16):
+    model, whole, X = adapted(), adapted(), ids(2, 24)
+    whole.merge_lora()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        for m in (model, whole):
+            m(X, X, return_logits=False)[1].backward()
+    tolerance = dict(rtol=0.05, atol=0.01) if bfloat16 else dict(rtol=1e-4, atol=1e-6)
+    for name, layer in model.lora_layers():
+        grad = whole.get_submodule(name).weight.grad
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        torch.testing.assert_close(A.grad, 2 * B.T @ grad, **tolerance)  # alpha / rank is 2
+        torch.testing.assert_close(B.grad, 2 * grad @ A.T, **tolerance)
+
+
+@pytest.mark.parametrize("targets", ["c_attn,c_proj,c_fc", "attn.c_proj,c_fc"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_exported_adapter_is_pefts(name, targets, tmp_path):
+    model, X = adapted(LORA | dict(targets=targets), **ARCHITECTURES[name]), ids(2, 24)
+    model.save_adapter(tmp_path / "adapter")
+    with torch.no_grad():
+        tuned, _ = model.eval()(X, X)
+        model.merge_lora()
+        base = adapted(LORA | dict(targets=targets), **ARCHITECTURES[name])
+        for _, layer in base.lora_layers():
+            torch.nn.init.zeros_(layer.lora_B["default"].weight)
+        base.merge_lora()
+        base.save_pretrained(tmp_path / "base")
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        theirs = PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+        torch.testing.assert_close(theirs(X).logits, tuned, rtol=1e-4, atol=1e-5)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["lora_alpha"] == 8
+
+
+@pytest.fixture
+def lora_run(train, tiny_run, tmp_path):
+    """Flags of a run that adapts a trained one, which lies in tmp_path / "base"; the adapter goes to tiny_run.out."""
+    train(tiny_run.flags, f"--out_dir={tmp_path / 'base'}")
+    lora = ["--lora_rank=2", "--lora_alpha=4", "--lora_dropout=0.1", "--learning_rate=0.02", "--eval_interval=5"]
+    return [*tiny_run.flags, *lora, f"--init_from={tmp_path / 'base'}"]
+
+
+def test_a_resumed_adapter_is_the_uninterrupted_one(train, sample, lora_run, tiny_run, tmp_path):
+    base = {path: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    train(lora_run)
+    train(lora_run, f"--out_dir={tmp_path / 'halves'}", "--max_iters=10")
+    train([], "--init_from=resume", f"--out_dir={tmp_path / 'halves'}", "--max_iters=20", "--device=cpu")
+    whole = read_checkpoint(tiny_run.out / LATEST)
+    assert_same_state(whole, read_checkpoint(tmp_path / "halves" / LATEST))
+    assert {path: path.read_bytes() for path in (tmp_path / "base").iterdir()} == base
+    assert all(".lora_" in name for name in whole["model"]) and len(whole["model"]) == 2 * 2 * 4
+    sizes = [p.stat().st_size for p in (tiny_run.out / LATEST, tmp_path / "base" / LATEST)]
+    assert sizes[0] < 0.9 * sizes[1]  # of so small a model the adapter is much
+
+    best = min(r["val/loss"] for r in metrics(tiny_run.out) if "val/loss" in r)
+    assert best < min(r["val/loss"] for r in metrics(tmp_path / "base") if "val/loss" in r)
+    result = train(["--device=cpu", "--dtype=float32"], f"--init_from={tiny_run.out}", "--eval_only")
+    assert f"val loss {best:.4f}" in result.out
+    result = sample(f"--out_dir={tiny_run.out}", "--start=Call", "--max_new_tokens=30", "--num_samples=1")
+    assert result.out.startswith("Call")
+
+
+def test_two_processes_and_sharded_weights_adapt_alike(train, start_process, lora_run, tiny_run, tmp_path):
+    lora_run += ["--lora_dropout=0.0", "--dropout=0.0", "--max_iters=8"]
+    train(lora_run)
+    alone = read_checkpoint(tiny_run.out / LATEST)["model"]
+    run = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *lora_run)
+    for more in ("--fsdp=False", "--fsdp=True"):
+        process = start_process(*run, more, f"--out_dir={tmp_path / more}")
+        assert process.wait() == 0, process.communicate()
+        together = read_checkpoint(tmp_path / more / LATEST)["model"]
+        assert alone.keys() == together.keys()
+        for name in alone:
+            torch.testing.assert_close(together[name], alone[name], rtol=1e-3, atol=1e-5)
+
+
+def test_side_by_side_and_what_is_written(train, sample, lora_run, tiny, tiny_run, tmp_path):
+    train(lora_run)
+    out = sample(f"--out_dir={tiny_run.out}", "--compare", "--start=Call", "--num_samples=2", "--max_new_tokens=9").out
+    tokens = Dataset(tiny).split("val")
+    xy = torch.from_numpy(tokens.windows(eval_windows(len(tokens), 16, 256), 17))
+    for title, folder in (("base", tmp_path / "base"), ("tuned", tiny_run.out)):
+        model = GPT.from_checkpoint(find_checkpoint(str(folder), (BEST,), "")[0]).eval()
+        loss = model(xy[:, :-1], xy[:, 1:])[1].item()
+        flat = " ".join(out.split())
+        assert f"{title}" in flat and f"{loss:.4f}" in flat, (title, loss, out)
+    assert out.count(" | Call") == 2
+
+    flags = (f"--out_dir={tiny_run.out}", f"--export={tmp_path / 'hub'}")
+    model.merge_lora()
+    sample(*flags, "--merge")
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "hub")(xy[:1, :-1]).logits
+    torch.testing.assert_close(logits, model(xy[:1, :-1], xy[:1, 1:])[0], rtol=1e-4, atol=1e-5)
+    sample(*flags)
+    assert (tmp_path / "hub" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--init_from=scratch"], "LoRA begins from a trained model"),
+        (["--muon"], "Muon is for whole matrices"),
+        (["--lora_targets=c_attn,lm_head"], "lora_targets takes some of c_attn, c_fc, c_proj, attn.c_attn"),
+        (["--lora_rank=17"], "lora_rank takes 1 to n_embd=16"),
+        (["--lora_rank=-1"], "lora_rank must not be negative"),
+        (["--lora_dropout=1.0"], "lora_dropout 0 to less than 1"),
+        (["--out_dir={base}"], "the adapter needs the checkpoint in"),
+        (["--out_dir={base}", "--init_from=resume"], "lora_rank=2 was given, but the model of resume has 0"),
+    ],
+)
+def test_wrong_input_is_one_line(script, lora_run, tmp_path, flags, message):
+    result = script("train.py", *lora_run, *(flag.format(base=tmp_path / "base") for flag in flags))
+    errors = [line for line in result.err.splitlines() if not line.startswith("settings:")]
+    assert result.code == 2 and len(errors) == 1 and message in errors[0]
+
+
+def test_an_adapter_wants_its_base_as_it_was(script, train, lora_run, tiny_run, tmp_path):
+    train(lora_run, "--max_iters=5")
+    again = script("train.py", *lora_run, f"--init_from={tiny_run.out}", f"--out_dir={tmp_path / 'second'}")
+    assert again.code == 2 and "is an adapter itself" in again.err
+    given = script("train.py", "--init_from=resume", f"--out_dir={tiny_run.out}", "--lora_rank=0", "--device=cpu")
+    assert given.code == 2 and "lora_rank=0 was given, but the model of resume has 2" in given.err
+
+    base = read_checkpoint(tmp_path / "base" / BEST)
+    base["model"]["lm_head.weight"][0, 0] += 1
+    save_checkpoint(base, tmp_path / "base", BEST)
+    for flags in (["train.py", "--init_from=resume"], ["sample.py"]):
+        result = script(*flags, f"--out_dir={tiny_run.out}", "--device=cpu")
+        assert result.code == 2 and "no longer holds the weights" in result.err
+    for path in (tmp_path / "base").glob("*.pt"):
+        path.unlink()
+    result = script("sample.py", f"--out_dir={tiny_run.out}", "--device=cpu")
+    assert result.code == 2 and "the base of this adapter is not to be had: no checkpoint in" in result.err
+    state = read_checkpoint(tiny_run.out / LATEST)
+    for lora in ({}, dict(state["lora"], base=3), dict(state["lora"], rank=10**30), dict(state["lora"], more=1)):
+        (tmp_path / "wrong").mkdir(exist_ok=True)
+        save_checkpoint(state | {"lora": lora}, tmp_path / "wrong")
+        result = script("sample.py", f"--init_from={tmp_path / 'wrong' / LATEST}", "--device=cpu")
+        assert result.code == 2 and "error: " in result.err and "Traceback" not in result.err

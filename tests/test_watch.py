@@ -1,0 +1,238 @@
+"""What a person sees of a run: the terminal, metrics, TensorBoard, wandb, pictures, samples of text."""
+
+import importlib.util
+import json
+import math
+import re
+import sys
+
+import pytest
+import torch
+from conftest import assert_same_state, metrics
+
+from data.shards import Dataset
+from model import BEST, GPT, LATEST, GPTConfig, read_checkpoint
+
+
+def test_everything_is_in_metrics(train, tiny_run):
+    train(tiny_run.flags, "--sample_interval=10")
+    rows = metrics(tiny_run.out)
+    steps = [r for r in rows if "loss" in r]
+    assert [r["tokens"] for r in steps] == [(i + 1) * 2 * 4 * 16 for i in range(20)]
+    assert all(r.keys() >= {"iter", "lr", "grad_norm", "tokens_per_second"} for r in steps) and "mfu" in steps[-1]
+    evaluations = [r for r in rows if "val/loss" in r]
+    assert [r["iter"] for r in evaluations] == [0, 10, 20]
+    for r in evaluations:
+        assert r["val/perplexity"] == pytest.approx(math.exp(r["val/loss"]))
+        assert r["train/loss"] > 0 and r["val/bits_per_byte"] > 0 and r["memory"] > 2**20
+        assert r["parameters"] == 2 * (12 * 16**2 + 2 * 16) + 16 + 16 * 27  # blocks, the last norm, embeddings
+    samples = {r["iter"]: r["sample"] for r in rows if "sample" in r}
+    assert samples.keys() == {10, 20} and all(len(text) == 101 and text[0] == "\n" for text in samples.values())
+    pandas = importlib.util.find_spec("pandas")
+    if pandas:  # the two lines of README.md
+        import pandas as pd
+
+        table = pd.read_json(tiny_run.out / "metrics.jsonl", lines=True).groupby("iter").first()
+        assert table["val/loss"].count() == 3 and table["loss"].count() == 20
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_samples_and_pictures_change_nothing(train, tiny_run, tmp_path, compiled):
+    flags = [*tiny_run.flags, f"--compile={compiled}", "--n_layer=1", "--max_iters=6", "--eval_interval=3"]
+    train(flags, "--sample_interval=0")
+    more = ["--sample_interval=1", "--sample_prompt=Call me", "--loss_plot", "--tensorboard_log"]
+    out = train(flags, *more, f"--out_dir={tmp_path / 'watched'}").out
+    assert_same_state(read_checkpoint(tiny_run.out / LATEST), read_checkpoint(tmp_path / "watched" / LATEST))
+    assert not any("sample" in r for r in metrics(tiny_run.out)) and out.count("writes:\nCall me") == 6
+    assert (tmp_path / "watched" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_sample_is_what_the_model_of_that_step_writes(train, sample, tiny_run):
+    train(tiny_run.flags, "--sample_prompt=Call me")
+    text = [r["sample"] for r in metrics(tiny_run.out) if "sample" in r][-1]
+    flags = ("--start=Call me", "--num_samples=1", "--max_new_tokens=100", f"--init_from={tiny_run.out / LATEST}")
+    assert sample(*flags).out == f"{text}\n---------------\n"
+
+
+def test_samples_want_a_prompt_that_can_be_spelled(script, tiny_run):
+    result = script("train.py", *tiny_run.flags, "--sample_prompt=日本")
+    assert result.code == 2 and "sample_prompt: no token for '日' '本'" in result.err
+
+
+def test_curves_of_several_runs(script, train, tiny_run, tmp_path, monkeypatch):
+    runs = [str(tmp_path / name) for name in ("a", "b")]
+    for out_dir in runs:
+        train(tiny_run.flags, f"--out_dir={out_dir}")
+    with open(tmp_path / "b" / "metrics.jsonl", "a") as f:
+        f.write('{"iter": 2')  # a line that a crash has cut off
+    monkeypatch.chdir(tmp_path)
+    assert script("train.py", f"--plot={','.join(runs)}").out == "drawn: loss.png\n"
+    from matplotlib.image import imread
+
+    picture = imread(tmp_path / "loss.png")[..., :3].reshape(-1, 3)
+    for color in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # a run each
+        assert (abs(picture - torch.tensor(color).numpy() / 255).max(axis=1) < 0.01).sum() > 100
+    result = script("train.py", "--plot=nowhere")
+    assert result.code == 2 and "No such file or directory: nowhere/metrics.jsonl" in result.err
+
+
+def test_extras_that_are_absent_are_named(script, tiny_run, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
+    for name in ("torch.utils.tensorboard", "wandb"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for flag, package in (
+        ("--loss_plot", "matplotlib"), ("--plot=x", "matplotlib"), ("--wandb_log", "wandb"),
+        ("--tensorboard_log", "tensorboard"),
+    ):  # fmt: skip
+        result = script("train.py", *tiny_run.flags, flag)
+        assert result.code == 2 and f"pip install {package}" in result.err, result.err
+
+
+def wandb_records(folder):
+    """The records in the .wandb file of an offline run: LevelDB's log format behind seven bytes, with protobufs in it
+    (https://github.com/google/leveldb/blob/main/doc/log_format.md)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("*.wandb")
+    content, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        size, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        whole, at = whole + content[at + 7 : at + 7 + size], at + 7 + size
+        if kind in (1, 4):  # whole, or the last piece
+            record = Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def test_wandb_offline_holds_the_run_and_a_resumed_one_continues_it(start_process, tiny_run, tmp_path):
+    env = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_PROJECT": "mine", "WANDB_SILENT": "true"}
+    for flags in (["--max_iters=10"], ["--init_from=resume"]):
+        process = start_process("train.py", *tiny_run.flags, "--wandb_log", "--wandb_run_name=n", *flags, env=env)
+        assert process.wait() == 0, process.communicate()
+    runs, history = [], []
+    for folder in sorted((tmp_path / "wandb").glob("offline-run-*")):
+        for record in wandb_records(folder):
+            if record.WhichOneof("record_type") == "run":
+                runs.append((record.run.project, record.run.display_name, record.run.run_id))
+            elif record.WhichOneof("record_type") == "history":
+                items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                history.append(items)
+    assert len(set(runs)) == 1 and runs[0][:2] == ("mine", "n")
+    assert read_checkpoint(tiny_run.out / LATEST)["wandb_id"] == runs[0][2]
+    by_step = {}
+    for row in history:
+        by_step.setdefault(row["iter"], {}).update(row)
+    for row in metrics(tiny_run.out):
+        assert (
+            by_step[row["iter"]].items() >= {k: v for k, v in row.items() if k != "memory"}.items() or row["iter"] == 10
+        )
+    assert sum("loss" in row for row in by_step.values()) == 20
+
+
+def test_tensorboard_holds_the_run(train, tiny_run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tiny_run.flags, "--tensorboard_log", "--max_iters=10")
+    train(tiny_run.flags, "--tensorboard_log", "--init_from=resume")
+    events = EventAccumulator(str(tiny_run.out / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "lr", "grad_norm", "tokens_per_second", "tokens", "val/loss", "val/bits_per_byte"):
+        rows = {r["iter"]: r[name] for r in metrics(tiny_run.out) if name in r}
+        assert {e.step: e.value for e in events.Scalars(name)} == pytest.approx(rows, rel=1e-5)
+    (text,) = events.Tensors("sample/text_summary")[-1].tensor_proto.string_val
+    assert text.decode() == [r["sample"] for r in metrics(tiny_run.out) if "sample" in r][-1]
+
+
+def test_the_whole_validation_split_counts_every_token_once(train, tiny, tiny_run):
+    train(tiny_run.flags)
+    result = train([], f"--init_from={tiny_run.out}", "--eval_only", "--eval_iters=0", "--device=cpu", "--batch_size=3")
+    tokens = Dataset(tiny).split("val")
+    model, total = GPT.from_checkpoint(read_checkpoint(tiny_run.out / BEST)).eval(), 0.0
+    for start in range(0, len(tokens) - 1, 16):
+        count = min(16, len(tokens) - 1 - start)
+        first = start if count == 16 else len(tokens) - 17  # the last ones are seen behind those before
+        xy = torch.from_numpy(tokens.read(first, 17).astype("int64"))[None]
+        logits, _ = model(xy[:, :-1], xy[:, 1:])
+        total += torch.nn.functional.cross_entropy(logits[0, -count:], xy[0, -count:], reduction="sum").item()
+    loss = total / (len(tokens) - 1)
+    shown = re.search(r"val loss ([\d.]+), perplexity [\d.]+, ([\d.]+) bits per byte, ([\d,]+) tokens", result.out)
+    assert (len(tokens) - 1) % 16 and int(shown[3].replace(",", "")) == len(tokens) - 1
+    assert float(shown[1]) == pytest.approx(loss, abs=1e-4)
+    assert float(shown[2]) == pytest.approx(loss / math.log(2), abs=2e-4)  # a character of the text is a byte
+
+
+def test_the_environment_sets_defaults_and_flags_win(script, train, tiny_run, monkeypatch):
+    for variable, value in (("SAVE_INTERVAL", "7"), ("MIXED_PRECISION", "false"), ("WANDB_PROJECT", "mine")):
+        monkeypatch.setenv(variable, value)
+    shown = script("train.py", "--help").out
+    for line in ("--save_interval=7 ", "[env: SAVE_INTERVAL=7]", "--dtype='float32'", "--wandb_project='mine'"):
+        assert line in shown
+    flags = [flag for flag in tiny_run.flags if not flag.startswith("--dtype")]
+    result = train(flags, "--max_iters=8")
+    assert "dtype float32 (as asked)" in result.out
+    assert read_checkpoint(tiny_run.out / "ckpt_prev.pt")["iter_num"] == 7
+    config = read_checkpoint(tiny_run.out / LATEST)["config"]
+    assert config["wandb_project"] == "mine" and config["save_interval"] == 7
+    train(flags, "--save_interval=5", "--max_iters=6")
+    assert read_checkpoint(tiny_run.out / "ckpt_prev.pt")["iter_num"] == 5
+    for variable, message in (
+        ("SAVE_INTERVAL", "SAVE_INTERVAL: save_interval takes a whole number"),
+        ("MIXED_PRECISION", "MIXED_PRECISION takes true, false"),
+    ):
+        monkeypatch.setenv(variable, "perhaps")
+        result = script("train.py", *flags)
+        assert result.code == 2 and message in result.err
+        monkeypatch.delenv(variable)
+
+
+@pytest.mark.parametrize(
+    "flags, doubt",
+    [
+        (["--gradient_accumulation_steps=16"], "more than four epochs"),
+        (["--learning_rate=0.5"], "learning_rate is high"),
+        (["--learning_rate=1e-7", "--min_lr=0.0"], "learning_rate is low"),
+        (["--min_lr=0.1"], "min_lr is above learning_rate"),
+        (["--warmup_iters=30"], "warmup_iters is past max_iters"),
+        (["--lr_decay_iters=30"], "lr_decay_iters is past max_iters"),
+        (["--min_lr=0.001"], None),
+    ],
+)
+def test_doubtful_settings_are_named_and_nothing_else(script, tiny_run, flags, doubt):
+    result = script("train.py", *tiny_run.flags, "--min_lr=0.001", *flags)
+    warnings = [line for line in result.out.splitlines() if line.startswith("WARNING")]
+    assert [w for w in warnings if doubt and doubt in w] == warnings and len(warnings) == bool(doubt)
+
+
+def test_the_summary(train, tiny_run):
+    out = train(tiny_run.flags, "--max_iters=10").out
+    for line in (
+        r"device   cpu \(.*\), dtype float32 \(as asked\)", r"compile  False", r"data     .*tiny0, [\d,]+ tokens to",
+        r"model    0.01M parameters, 2 layers, 2 heads, 16 wide", r"step     128 tokens, 2 x 4 x 16",
+        r"run      10 steps, 0.\d+ epochs", r"memory   about 0.00 GiB of tensors",
+    ):  # fmt: skip
+        assert re.search(f"^{line}", out, re.MULTILINE), line
+
+
+def test_memory_is_counted():
+    model = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=64, block_size=128, vocab_size=65, bias=False, dropout=0.1))
+    weights = sum(p.nbytes for p in model.parameters())
+
+    def held(B):
+        """Bytes that a forward pass of B sequences really leaves for the backward pass."""
+        kept = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+        ):
+            model(torch.zeros(B, 128, dtype=torch.int64), torch.zeros(B, 128, dtype=torch.int64), return_logits=False)
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in parameters)
+
+    kept = held(16)
+    assert model.training_bytes(16, 128) == pytest.approx(4 * weights + kept, rel=0.02)
+    model.gradient_checkpointing = True
+    assert 4 * weights + kept / 3 < model.training_bytes(16, 128) < 4 * weights + kept / 2
