@@ -292,6 +292,39 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
+class ThinlyTrained(torch.autograd.Function):
+    """x @ (weight + scale * B @ A).T, for a frozen weight, (out, in), and LoRA's A, (rank, in), and B, (out, rank). The
+    sum is made of the weights, which are fewer than what comes and goes, and no gradient is as large as it."""
+
+    @staticmethod
+    def forward(ctx, x, weight, A, B, scale):
+        total = torch.addmm(weight, B, A, alpha=scale).to(x.dtype)
+        ctx.save_for_backward(x, total, A, B)
+        ctx.scale = scale
+        return x @ total.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, total, A, B = ctx.saved_tensors
+        dx = grad @ total if ctx.needs_input_grad[0] else None
+        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+        dA = (grad @ B.to(grad.dtype)).t() @ x
+        dB = grad.t() @ (x @ A.to(x.dtype).t())
+        return dx, None, ctx.scale * dA.to(A.dtype), ctx.scale * dB.to(B.dtype), None
+
+
+def thinly_trained(layer, forward, x):
+    """What a LoRA layer of peft makes of x, by ThinlyTrained while it is trained, else by its own forward."""
+    if not layer.training or layer.disable_adapters:
+        return forward(x)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    A, B, base = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer
+    with torch.autocast(x.device.type, enabled=False):
+        y = ThinlyTrained.apply(x, base.weight, A, B, layer.scaling["default"])
+        return y if base.bias is None else y + base.bias.to(y.dtype)
+
+
 class Int8Linear(nn.Module):
     """A Linear's weights as integers from -127 to 127, times a scale for each row: less to read for each token that is
     generated. Half as much as bfloat16's, and all in all a little less exact."""
@@ -773,6 +806,10 @@ class GPT(nn.Module):
         self.lora["checksum"] = checksum or self.checksum()
         config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets.split(","))
         inject_adapter_in_model(config, self)
+        for _, layer in self.lora_layers():
+            layer.cast_input_dtype_enabled = False  # autocast casts, and float32 copies of all inputs would take long
+            if not dropout:
+                layer.forward = functools.partial(thinly_trained, layer, layer.forward)
 
     def lora_layers(self):
         """[(name, module)] of the layers that LoRA has put something beside."""

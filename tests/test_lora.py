@@ -42,12 +42,14 @@ def test_merged_is_unmerged_and_the_base_is_as_it_was(name):
     assert all(p.grad is not None for k, p in model.named_parameters() if k not in frozen)
     assert model.trained_state().keys() == {k for k, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
-        before, _ = model(X, X)
+        while_training, _ = model(X, X)
+        before, _ = model.eval()(X, X)
         model.use_lora(False)
         base, _ = model(X, X)
         model.use_lora(True)
         model.merge_lora()
         after, _ = model(X, X)
+    torch.testing.assert_close(while_training, before, rtol=1e-4, atol=1e-5)
     assert (after - before).abs().max() < 1e-5 and (base - before).abs().max() > 0.1
     assert all(p.requires_grad for p in model.parameters()) and "lora" not in str(model)
 
