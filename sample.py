@@ -219,10 +219,14 @@ def page():
                 text, speed = gr.Textbox(label="Text", lines=12, buttons=["copy"]), gr.Textbox(label="Speed")
             with gr.Column():
                 knobs = [
-                    gr.Slider(0, 2, temperature, step=0.05, label="Temperature (0: always the likeliest)"),
-                    gr.Slider(0, 1000, top_k, step=1, precision=0, label="Top-k (0: off)"),
+                    gr.Slider(
+                        0, max(2, temperature), temperature, step=0.05, label="Temperature (0: always the likeliest)"
+                    ),
+                    gr.Slider(0, max(1000, top_k), top_k, step=1, precision=0, label="Top-k (0: off)"),
                     gr.Slider(0, 1, top_p, step=0.01, label="Top-p (0: off)"),
-                    gr.Slider(1, 4000, max_new_tokens, step=1, precision=0, label="Length in tokens"),
+                    gr.Slider(
+                        1, max(4000, max_new_tokens), max_new_tokens, step=1, precision=0, label="Length in tokens"
+                    ),
                     gr.Textbox(stop, label="Stop at this text"),
                 ]
         run = gr.on(
@@ -237,7 +241,8 @@ if serve:
     os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},127.0.0.1"  # gradio looks whether its page is there
     with usage_errors():
         blocks = page()
-        blocks.launch(server_name="127.0.0.1", quiet=True, footer_links=[], run_history=False, prevent_thread_lock=True)
+        local = dict(server_name="127.0.0.1", share=False, run_history=False, footer_links=[])
+        blocks.launch(**local, quiet=True, prevent_thread_lock=True)
     print(f"open {blocks.local_url} in a browser; Ctrl-C ends it", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         blocks.server.thread.join()

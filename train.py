@@ -695,7 +695,8 @@ summary = {
 if not eval_only:
     for name, value in summary.items():
         say(f"{name:<8} {value}" if value else "")
-usual = 0.003239 - 0.0001395 * math.log(parameters)  # learning rate (https://arxiv.org/abs/2001.08361, D.6)
+# the learning rate of https://arxiv.org/abs/2001.08361, D.6, which is for models of less than 10 billion parameters
+usual = 0.003239 - 0.0001395 * math.log(min(parameters, 1e10))
 falls = decay_lr and lr_schedule != "constant"
 doubts = {
     "more than four epochs: from there on the same text teaches less and less": epochs > 4,
