@@ -56,8 +56,7 @@ def last_words(kind, error, trace):
 
 # variables of the environment, and the settings whose defaults they change
 ENVIRONMENT = {"WANDB_PROJECT": "wandb_project", "SAVE_INTERVAL": "save_interval", "MIXED_PRECISION": "dtype"}
-PRECISIONS = {"true": "auto", "false": "float32", "1": "auto", "0": "float32", "no": "float32"}
-PRECISIONS |= {"bf16": "bfloat16", "fp16": "float16"}  # as accelerate has them
+PRECISIONS = {"true": "auto", "false": "float32", "no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def from_environment(defaults):
@@ -217,9 +216,9 @@ def print_help(script, settings):
     written = {number: f"  --{name}={default}" for name, (number, default) in lines.items()}
     for variable, key in ENVIRONMENT.items():
         if key in lines:
-            number, value = lines[key][0], os.environ.get(variable)
+            number, value = lines[key][0], os.environ.get(variable, "").strip()
             written[number] = f"  --{key}={settings[key]!r}" if value else written[number]
-            comments[number] = comments.get(number, "") + f" [env: {variable}{'' if value is None else '=' + value}]"
+            comments[number] = f"{comments.get(number, '')} [env: {variable}{'=' * bool(value)}{value}]"
     for number in range(first - 1, last + 1):
         if number in written:
             print(f"{written[number]:<42} {comments.get(number, '')}".rstrip())

@@ -293,20 +293,21 @@ class Linear(nn.Linear):
 
 
 class ThinlyTrained(torch.autograd.Function):
-    """x @ (weight + scale * B @ A).T, for a frozen weight, (out, in), and LoRA's A, (rank, in), and B, (out, rank). The
-    sum is made of the weights, which are fewer than what comes and goes, and no gradient is as large as it."""
+    """x @ (weight + scale * B @ A).T, for a frozen weight, (out, in), and LoRA's A, (rank, in), and B, (out, rank). To
+    add B @ A to the weight takes less than to multiply every token by both and to add the results."""
 
     @staticmethod
     def forward(ctx, x, weight, A, B, scale):
-        total = torch.addmm(weight, B, A, alpha=scale).to(x.dtype)
-        ctx.save_for_backward(x, total, A, B)
+        ctx.save_for_backward(x, weight, A, B)
         ctx.scale = scale
-        return x @ total.t()
+        return x @ torch.addmm(weight, B, A, alpha=scale).to(x.dtype).t()
 
     @staticmethod
     def backward(ctx, grad):
-        x, total, A, B = ctx.saved_tensors
-        dx = grad @ total if ctx.needs_input_grad[0] else None
+        x, weight, A, B = ctx.saved_tensors
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = grad @ torch.addmm(weight, B, A, alpha=ctx.scale).to(x.dtype)
         x, grad = x.flatten(0, -2), grad.flatten(0, -2)
         dA = (grad @ B.to(grad.dtype)).t() @ x
         dB = grad.t() @ (x @ A.to(x.dtype).t())
@@ -779,9 +780,9 @@ class GPT(nn.Module):
     # ---- LoRA
 
     def checksum(self):
-        """A short text that is another one for other weights."""
-        digest = hashlib.sha256()
-        for p in self.parameters():
+        """A text that is another one for other weights; those of positions, which can be cropped, do not count."""
+        digest, positions = hashlib.sha256(), {id(p) for p in self.positions()}
+        for p in (p for p in self.parameters() if id(p) not in positions):
             digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()
 
@@ -873,28 +874,26 @@ class GPT(nn.Module):
         matrices = {"params": [p for p in params if id(p) in hidden], "weight_decay": weight_decay, "momentum": 0.95}
         return Muon([*groups, matrices], dtype, **options)
 
-    def training_bytes(self, B, T):
-        """Bytes of tensors that a step on B sequences of T tokens will hold, counted on one and on two sequences: the
-        weights, for each that is trained a gradient and AdamW's two moments (Muon's one is less), and what the forward
-        pass keeps for the backward pass, in the precision of the caller's autocast and without torch.compile."""
-        kept, known = [], {p.untyped_storage()._cdata for p in self.parameters()}
-        recompute, self.gradient_checkpointing = self.gradient_checkpointing, False
-        for sequences in (1, 2):
-            idx, storages = torch.zeros(sequences, T, dtype=torch.int64, device=self.lm_head.weight.device), {}
-
-            def keep(tensor, storages=storages):
-                storages[tensor.untyped_storage()._cdata] = tensor
-                return tensor
-
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                self(idx, idx, return_logits=False)
-            kept.append(sum(t.untyped_storage().nbytes() for s, t in storages.items() if s not in known))
-        self.gradient_checkpointing = recompute
-        activations = kept[0] + (B - 1) * (kept[1] - kept[0])
-        if recompute:  # a block's, and all blocks' inputs
-            activations = activations / self.config.n_layer + 4 * B * T * self.config.n_embd * self.config.n_layer
+    def training_bytes(self, B, T, size, shards=1):
+        """About how many bytes of tensors a step on B sequences of T tokens takes, with products in numbers of so many
+        bytes and without torch.compile: the weights, for each that is trained a gradient and AdamW's two moments, all
+        of them shared by so many processes, and what the forward pass keeps for the backward pass."""
+        c, attended = self.config, self.config.n_head * self.config.head_dim
+        kept = 8 * c.n_embd  # of a token in a block: what its two norms read, in float32
+        qkv = attended + 2 * c.n_kv_head * c.head_dim
+        hidden = c.n_hidden * (4 if c.mlp == "swiglu" else 2)  # before and after the activation
+        kept += size * (2 * c.n_embd + qkv + 2 * attended + hidden)  # what each product reads, and attention
+        kept += 2 * c.n_embd if c.dropout else 0
+        if self.lm_head.weight.is_cpu and T <= 256:
+            kept += size * c.n_head * T * (2 if c.dropout else 1)  # ShortAttention's probabilities
+        elif self.lm_head.weight.is_cpu and c.dropout:
+            kept += 13 * c.n_head * T  # those of PyTorch's way for this case, measured
+        layers = c.n_layer
+        if self.gradient_checkpointing:  # a block's, and what the others read
+            layers, kept = 1, kept + 4 * c.n_embd * c.n_layer
         trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        return sum(p.nbytes for p in self.parameters()) + 12 * trained + activations
+        weights = sum(p.nbytes for p in self.parameters()) + 12 * trained
+        return weights / shards + B * T * kept * layers
 
     def flops_per_token(self, T=None):
         """Floating-point operations that training on one of T tokens (block_size by default) takes: 6 for each weight

@@ -51,7 +51,7 @@ serve = False  # take prompts from a page, which only this machine's browsers ca
 export = ""  # instead of sampling, write model and tokenizer into this folder in the format of transformers
 merge = False  # with export: write an adapter and its base as one model; False: the adapter alone, as peft has it
 compare = False  # print what an adapter and its base write side by side, and their losses on the dataset
-dataset = ""  # of compare, a folder in data/; empty: that of the run
+dataset = ""  # a folder in data/, for compare and for checkpoints that bring no tokenizer; empty: that of the run
 seed = 1337
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16
@@ -59,11 +59,16 @@ int8 = False  # 8-bit weights: less memory to read for each token
 compile = False  # compile the step that generates a token: up to a minute once, then the fastest
 # -----------------------------------------------------------------------------
 _, given = configure(globals())
-end_with_the_pipe()
+if not serve:  # a visitor who leaves must not end the page
+    end_with_the_pipe()
 
 for name in ("num_samples", "max_new_tokens", "slide"):
     if globals()[name] < 1:
         fail(f"{name} must be at least 1, not {globals()[name]}")
+if merge and (compare or not export):
+    fail("merge goes with --export=folder")
+if serve and compile:
+    fail("a compiled model is for one thread, and a page has many: leave out --compile")
 if serve and not importlib.util.find_spec("gradio"):
     fail("the page wants gradio: pip install gradio, or --interactive")
 if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
@@ -76,14 +81,14 @@ with usage_errors():
     checkpoint, name = find_checkpoint(init_from, (BEST, LATEST, PREVIOUS), out_dir)
     if checkpoint:
         model = GPT.from_checkpoint(checkpoint, dropout=0.0)
-        if (merge or compare) and not model.lora:
-            fail("merge and compare are for adapters of LoRA, and this checkpoint holds a whole model")
-        if not compare and not (export and not merge):
+        if merge or not (export or compare):
             model.merge_lora()
         print(f"{name}: step {checkpoint.get('iter_num', 'unknown')}", file=sys.stderr)
     else:
         model = GPT.from_pretrained(init_from)
         checkpoint = {"tokenizer": from_hub(init_from)}
+    if "lora" not in checkpoint and (merge or compare):
+        fail("merge and compare are for adapters of LoRA: this is a whole model")
     with torch.no_grad():
         logits, _ = model.eval()(torch.zeros(1, 1, dtype=torch.int64))
     if not all(x.isfinite().all() for x in (logits, *model.parameters())):
@@ -105,7 +110,10 @@ with usage_errors():
         model.to(getattr(torch, dtype) if "dtype" in given else torch.float32)
         if model.lora:
             model.save_adapter(export)
-            print(f"written: {export}, for peft's PeftModel on top of {model.lora['base']}; --merge writes both")
+            base = model.lora["base"]
+            print(
+                f"written: {export}, for PeftModel of peft on top of python sample.py --init_from={base} --export=..."
+            )
         else:
             model.save_pretrained(export, tokenizer.eot)
             tokenizer.save_pretrained(export)
@@ -124,8 +132,6 @@ with usage_errors():
 if int8:
     model.quantize()
 model.to(device, getattr(torch, dtype))
-if serve and compile and device != "cpu":
-    fail("a compiled model's graphs are a single thread's on GPUs, and a page has many: leave out --compile")
 if compile and can_compile(device):
     model.compile_generation()
 generator = torch.Generator(device).manual_seed(seed)

@@ -128,12 +128,15 @@ deterministic = False  # on GPUs: only algorithms that repeat bit for bit, slowe
 config, given = configure(globals())
 
 
-def is_before(line, it):
-    """Whether a line of metrics.jsonl is whole and of a step before it; those from there on will be logged again."""
-    try:
-        return json.loads(line)["iter"] < it
-    except (ValueError, KeyError, TypeError):
-        return False
+def read_metrics(folder, it=math.inf):
+    """The records of steps before it in the metrics.jsonl of a run, less what a crash has cut off."""
+    records = []
+    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8", errors="replace") as f:
+        for line in f:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                record = json.loads(line)
+                records += [record] if record["iter"] < it else []
+    return records
 
 
 def draw_losses(folders, path):
@@ -143,8 +146,7 @@ def draw_losses(folders, path):
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
     for i, folder in enumerate(folders):
-        with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8", errors="replace") as f:
-            records = [json.loads(line) for line in f if is_before(line, math.inf)]
+        records = read_metrics(folder)
         for key, style in (("loss", dict(alpha=0.4, linewidth=0.7)), ("val/loss", dict(marker=".", label=folder))):
             points = [(r["iter"], r[key]) for r in records if isinstance(r.get(key), float)]
             axes.plot(*zip(*points or [(math.nan, math.nan)], strict=True), color=f"C{i}", **style)
@@ -268,6 +270,17 @@ if ddp:
             last_words(kind, error, trace)
 
     sys.excepthook = name_the_missing
+
+
+def any_process(flag):
+    """Whether the flag is set in any process. All must ask."""
+    if not ddp:
+        return bool(flag)
+    flags = torch.tensor(float(bool(flag)), device=device)
+    dist.all_reduce(flags)
+    return flags.item() > 0
+
+
 if deterministic:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -304,13 +317,14 @@ with usage_errors():
         model = GPT.from_pretrained(init_from, dict(dropout=dropout))
     if not resuming:
         model.merge_lora()  # where it begins from an adapter, from the sum
-    lora = {f"lora_{name}": value for name, value in (model.lora or {"rank": 0} if resuming else {}).items()}
-    for name, value in (dataclasses.asdict(model.config) | lora).items():
+    for name, value in dataclasses.asdict(model.config).items():
         if name in config and name not in ("block_size", "dropout"):
-            as_it_comes = not config[name] and type(value) is not bool and name not in lora  # what 0 stands for
-            if name in given and config[name] != value and not as_it_comes:
+            if name in given and config[name] != value and (config[name] or type(value) is bool):  # 0: as it comes
                 fail(f"{name}={config[name]} was given, but the model of {init_from} has {value}")
             config[name] = value
+    for name, value in (model.lora or {"rank": 0}).items() if resuming else ():
+        if config.get(f"lora_{name}", value) != value:
+            fail(f"lora_{name}={config[f'lora_{name}']} was given, but this run has {value}")
     longest, rope = model.config.block_size, model.config.position == "rope"
     if "block_size" not in given and not (resuming and rope):  # models of the Hub may see 131,072 tokens
         block_size = longest if checkpoint else min(block_size, longest)
@@ -325,7 +339,7 @@ with usage_errors():
     # where nothing names the tokenizer, a vocabulary of unknown size is taken to be GPT-2's
     there = data.tokenizer or (None if data.vocab_size else {"kind": "tiktoken", "name": "gpt2"})
     had = checkpoint.get("tokenizer") if checkpoint else from_hub(init_from) if init_from != "scratch" else None
-    tokenizer = had or there
+    description = had or there
     if had and there and not same_tokens(had, there):
         fail(
             f"the model was trained with another tokenizer than {data.folder} has: its token ids mean other text. "
@@ -359,17 +373,20 @@ with usage_errors():
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, muon, ptdtype)
 
 byte_lengths = torch.zeros(model.config.vocab_size, dtype=torch.int64)  # of the text that each token stands for
-prompt, spelling = None, None  # of the samples of text: token ids, (1, T), and the tokenizer
-if tokenizer:
+tokenizer, prompt = None, None  # of samples of text: their first token ids, (1, T)
+if description:
     try:
-        spelling = from_description(tokenizer)
-        known = torch.from_numpy(spelling.byte_lengths()[: len(byte_lengths)])
-        byte_lengths[: len(known)] = known
+        tokenizer = from_description(description)
+        known = torch.from_numpy(tokenizer.byte_lengths()[: len(byte_lengths)])
     except ValueError as e:
-        say(f"no bits per byte and no samples: {e}")
-if sample_interval and spelling and not eval_only:
+        tokenizer = say(f"no bits per byte and no samples: {e}")
+if any_process(tokenizer is None):  # a machine without network may lack what the others have
+    tokenizer = None
+if tokenizer:
+    byte_lengths[: len(known)] = known
+if tokenizer and sample_interval and not eval_only:
     try:
-        prompt = torch.tensor([prompt_ids(spelling, sample_prompt, len(byte_lengths))], device=device)
+        prompt = torch.tensor([prompt_ids(tokenizer, sample_prompt, len(byte_lengths))], device=device)
     except ValueError as e:
         if "sample_prompt" in given:
             fail(f"sample_prompt: {e}")
@@ -398,10 +415,6 @@ checkpoint = None  # its memory is needed
 model.gradient_checkpointing = gradient_checkpointing
 raw_model = model
 autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32")
-memory = None  # bytes that a step will take
-if not sharded and not eval_only:
-    with autocast:
-        memory = model.training_bytes(batch_size, block_size)
 compile = compile and can_compile(device)
 if compile:
     if sharded:  # between blocks the weights are gathered, so each is compiled for itself
@@ -437,15 +450,6 @@ def get_batch(split, starts):
     else:
         xy = xy.to(device)
     return xy[:, :-1], xy[:, 1:]
-
-
-def any_process(flag):
-    """Whether the flag is set in any process. All must ask."""
-    if not ddp:
-        return bool(flag)
-    flags = torch.tensor(float(bool(flag)), device=device)
-    dist.all_reduce(flags)
-    return flags.item() > 0
 
 
 @torch.no_grad()
@@ -504,7 +508,7 @@ def write_sample():
     with torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext(), autocast:
         ids = raw_model.generate(prompt, 100, temperature=0.8, top_k=200, generator=generator)
     raw_model.train()
-    return spelling.decode(ids[0].tolist())
+    return tokenizer.decode(ids[0].tolist())
 
 
 def get_lr(it):
@@ -561,7 +565,7 @@ def save(name):
         "iter_num": iter_num,
         "best_val_loss": best_val_loss,
         "config": config,
-        "tokenizer": tokenizer,
+        "tokenizer": description,
         "wandb_id": wandb_id,
         "format": 1,
     }
@@ -597,20 +601,23 @@ def log(record):
     """Append a record of numbers and texts to metrics.jsonl, and to TensorBoard and wandb."""
     if not master or eval_only:
         return
-    record = {"iter": iter_num} | {name: value for name, value in record.items() if value is not None}
+    record = {name: value for name, value in record.items() if value is not None}
     try:
         with open(metrics_path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(record) + "\n")
+            f.write(json.dumps({"iter": iter_num} | record) + "\n")
     except OSError as e:
         say(f"WARNING: {metrics_path} is not written ({e})")
-    try:
+    try:  # whatever happens in these, it is not worth the run
         for name, value in record.items() if tensorboard else ():
             add = tensorboard.add_text if isinstance(value, str) else tensorboard.add_scalar
             add(name, value, iter_num)
-        if wandb_log:
-            wandb.log(record, step=iter_num)  # it passes over steps that are repeated after a crash: they are the same
-    except Exception as e:  # whatever it is, it is not worth the run
-        say(f"WARNING: {'wandb' if wandb_log else 'TensorBoard'} does not log ({e})")
+    except Exception as e:
+        say(f"WARNING: TensorBoard does not log ({e})")
+    try:
+        if wandb_log:  # it passes over steps that are repeated after a crash: they are the same
+            wandb.log({"iter": iter_num} | record, step=iter_num)
+    except Exception as e:
+        say(f"WARNING: wandb does not log ({e})")
 
 
 tensorboard = None
@@ -639,10 +646,9 @@ if master and not eval_only:
             if checkpoint_name != LATEST and os.path.exists(os.path.join(out_dir, LATEST)):  # it is damaged
                 os.replace(os.path.join(out_dir, LATEST), os.path.join(out_dir, LATEST + ".damaged"))
             if os.path.exists(metrics_path):
-                with open(metrics_path, encoding="utf-8", errors="replace") as f:
-                    kept = [line for line in f if is_before(line, iter_num)]
+                kept = read_metrics(out_dir, iter_num)  # those from there on will be logged again
                 with open(metrics_path + ".tmp", "w", encoding="utf-8") as f:
-                    f.writelines(kept)
+                    f.writelines(json.dumps(record) + "\n" for record in kept)
                 os.replace(metrics_path + ".tmp", metrics_path)
         elif any(os.path.exists(os.path.join(out_dir, name)) for name in (LATEST, PREVIOUS, BEST)):
             numbers = (n for n in range(1, 10**6) if not os.path.exists(os.path.join(out_dir, f"previous-{n}")))
@@ -678,10 +684,10 @@ if not eval_only:
         if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):  # nohup ignores it
             signal.signal(number, on_signal)
 
-parameters = raw_model.get_num_params()
+parameters, shape = raw_model.get_num_params(), raw_model.config
 trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 epochs = max_iters * tokens_per_iter / len(tokens["train"])
-shape = raw_model.config
+memory = raw_model.training_bytes(batch_size, block_size, ptdtype.itemsize, world_size if sharded else 1)
 summary = {
     "device": device_line.removeprefix("device ") + (f", {world_size} processes" if ddp else ""),
     "compile": str(compile),
@@ -690,13 +696,13 @@ summary = {
     + (f"; {trained / 1e6:.2f}M are trained" if raw_model.lora else ""),
     "step": f"{tokens_per_iter:,} tokens, {gradient_accumulation_steps} x {batch_size} x {block_size}",
     "run": f"{max_iters:,} steps, {epochs:.3g} epochs",
-    "memory": f"about {memory / 2**30:.2f} GiB of tensors" + ", less when compiled" * compile if memory else "",
+    "memory": f"about {memory / 2**30:.2f} GiB of tensors" + " a process" * ddp + ", less when compiled" * compile,
 }
-if not eval_only:
-    for name, value in summary.items():
-        say(f"{name:<8} {value}" if value else "")
+for name, value in summary.items():
+    if not eval_only or name in ("device", "data", "model"):
+        say(f"{name:<8} {value}")
 # the learning rate of https://arxiv.org/abs/2001.08361, D.6, which is for models of less than 10 billion parameters
-usual = 0.003239 - 0.0001395 * math.log(min(parameters, 1e10))
+usual = (0.003239 - 0.0001395 * math.log(min(parameters, 1e10))) * (10 if raw_model.lora else 1)
 falls = decay_lr and lr_schedule != "constant"
 doubts = {
     "more than four epochs: from there on the same text teaches less and less": epochs > 4,
@@ -715,6 +721,8 @@ for doubt, holds in doubts.items():
 
 model.train()
 first_iter = iter_num
+if not resuming:
+    log({"parameters": parameters})
 seconds, timed = 0.0, 0  # of the steps since the last log line
 stop, exit_code = 0, 0
 while True:
@@ -733,7 +741,7 @@ while True:
             settle()
             continue
         settle()  # best_val_loss may be that of a file which could not be written
-        log(record | {"parameters": parameters, "memory": peak_memory(device_type)})
+        log(record | {"memory": peak_memory(device_type)})
         bits = record["val/bits_per_byte"]
         say(
             f"step {iter_num}: train loss {record['train/loss']:.4f}, val loss {record['val/loss']:.4f}, "
@@ -741,8 +749,10 @@ while True:
             + f", {record['val/tokens']:,} tokens" * eval_only
         )  # fmt: skip
         if loss_plot and master and not eval_only:
-            with contextlib.suppress(OSError):  # log() has said so already
+            try:
                 draw_losses([out_dir], os.path.join(out_dir, "loss.png"))
+            except Exception as e:  # whatever it is, it is not worth the run
+                say(f"WARNING: loss.png is not drawn ({e})")
         if record["val/loss"] < best_val_loss and not eval_only:
             best_before, best_val_loss = best_val_loss, record["val/loss"]
             if iter_num > 0:

@@ -54,19 +54,22 @@ def test_merged_is_unmerged_and_the_base_is_as_it_was(name):
     assert all(p.requires_grad for p in model.parameters()) and "lora" not in str(model)
 
 
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_gradients_are_those_of_the_whole_matrices_times_the_other_factor(bfloat16):
+@pytest.mark.parametrize("way", ["float32", "bfloat16", "compiled", "recomputed"])
+def test_gradients_are_those_of_the_whole_matrices_times_the_other_factor(way):
     model, whole, X = adapted(), adapted(), ids(2, 24)
     whole.merge_lora()
+    model.gradient_checkpointing, bfloat16 = way == "recomputed", way == "bfloat16"
+    if way == "compiled":
+        model.compile()
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         for m in (model, whole):
             m(X, X, return_logits=False)[1].backward()
-    tolerance = dict(rtol=0.05, atol=0.01) if bfloat16 else dict(rtol=1e-4, atol=1e-6)
+    tolerance = 0.05 if bfloat16 else 1e-5
     for name, layer in model.lora_layers():
         grad = whole.get_submodule(name).weight.grad
         A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        torch.testing.assert_close(A.grad, 2 * B.T @ grad, **tolerance)  # alpha / rank is 2
-        torch.testing.assert_close(B.grad, 2 * grad @ A.T, **tolerance)
+        for thin, expected in ((A.grad, 2 * B.T @ grad), (B.grad, 2 * grad @ A.T)):  # alpha / rank is 2
+            assert (thin - expected).norm() < tolerance * expected.norm()
 
 
 @pytest.mark.parametrize("targets", ["c_attn,c_proj,c_fc", "attn.c_proj,c_fc"])
@@ -117,6 +120,14 @@ def test_a_resumed_adapter_is_the_uninterrupted_one(train, sample, lora_run, tin
     assert result.out.startswith("Call")
 
 
+def test_an_adapter_of_shorter_sequences_than_the_base_had(train, sample, lora_run, tiny_run):
+    flags = ["--block_size=8", "--max_iters=4"]
+    train(lora_run, *flags)
+    train([], "--init_from=resume", f"--out_dir={tiny_run.out}", "--max_iters=8", "--device=cpu", "--dtype=float32")
+    assert read_checkpoint(tiny_run.out / LATEST)["model_args"]["block_size"] == 8
+    assert sample(f"--out_dir={tiny_run.out}", "--start=Call", "--max_new_tokens=30", "--num_samples=1").out
+
+
 def test_two_processes_and_sharded_weights_adapt_alike(train, start_process, lora_run, tiny_run, tmp_path):
     lora_run += ["--lora_dropout=0.0", "--dropout=0.0", "--max_iters=8"]
     train(lora_run)
@@ -162,7 +173,7 @@ def test_side_by_side_and_what_is_written(train, sample, lora_run, tiny, tiny_ru
         (["--lora_rank=-1"], "lora_rank must not be negative"),
         (["--lora_dropout=1.0"], "lora_dropout 0 to less than 1"),
         (["--out_dir={base}"], "the adapter needs the checkpoint in"),
-        (["--out_dir={base}", "--init_from=resume"], "lora_rank=2 was given, but the model of resume has 0"),
+        (["--out_dir={base}", "--init_from=resume"], "lora_rank=2 was given, but this run has 0"),
     ],
 )
 def test_wrong_input_is_one_line(script, lora_run, tmp_path, flags, message):
@@ -176,7 +187,7 @@ def test_an_adapter_wants_its_base_as_it_was(script, train, lora_run, tiny_run, 
     again = script("train.py", *lora_run, f"--init_from={tiny_run.out}", f"--out_dir={tmp_path / 'second'}")
     assert again.code == 2 and "is an adapter itself" in again.err
     given = script("train.py", "--init_from=resume", f"--out_dir={tiny_run.out}", "--lora_rank=0", "--device=cpu")
-    assert given.code == 2 and "lora_rank=0 was given, but the model of resume has 2" in given.err
+    assert given.code == 2 and "lora_rank=0 was given, but this run has 2" in given.err
 
     base = read_checkpoint(tmp_path / "base" / BEST)
     base["model"]["lm_head.weight"][0, 0] += 1

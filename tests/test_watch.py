@@ -25,7 +25,7 @@ def test_everything_is_in_metrics(train, tiny_run):
     for r in evaluations:
         assert r["val/perplexity"] == pytest.approx(math.exp(r["val/loss"]))
         assert r["train/loss"] > 0 and r["val/bits_per_byte"] > 0 and r["memory"] > 2**20
-        assert r["parameters"] == 2 * (12 * 16**2 + 2 * 16) + 16 + 16 * 27  # blocks, the last norm, embeddings
+    assert rows[0] == {"iter": 0, "parameters": 2 * (12 * 16**2 + 2 * 16) + 16 + 16 * 27}  # blocks, norm, embeddings
     samples = {r["iter"]: r["sample"] for r in rows if "sample" in r}
     assert samples.keys() == {10, 20} and all(len(text) == 101 and text[0] == "\n" for text in samples.values())
     pandas = importlib.util.find_spec("pandas")
@@ -144,6 +144,7 @@ def test_tensorboard_holds_the_run(train, tiny_run):
     for name in ("loss", "lr", "grad_norm", "tokens_per_second", "tokens", "val/loss", "val/bits_per_byte"):
         rows = {r["iter"]: r[name] for r in metrics(tiny_run.out) if name in r}
         assert {e.step: e.value for e in events.Scalars(name)} == pytest.approx(rows, rel=1e-5)
+        assert len(events.Scalars(name)) == len(rows)  # and none twice
     (text,) = events.Tensors("sample/text_summary")[-1].tensor_proto.string_val
     assert text.decode() == [r["sample"] for r in metrics(tiny_run.out) if "sample" in r][-1]
 
@@ -218,21 +219,31 @@ def test_the_summary(train, tiny_run):
         assert re.search(f"^{line}", out, re.MULTILINE), line
 
 
-def test_memory_is_counted():
-    model = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=64, block_size=128, vocab_size=65, bias=False, dropout=0.1))
-    weights = sum(p.nbytes for p in model.parameters())
-
-    def held(B):
-        """Bytes that a forward pass of B sequences really leaves for the backward pass."""
-        kept = {}
-        with torch.autograd.graph.saved_tensors_hooks(
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(dropout=0.0),
+        dict(dropout=0.1, block_size=320),
+        dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=1, block_size=320),
+    ],
+)
+def test_memory_is_estimated(settings, bfloat16):
+    shape = dict(n_layer=6, n_head=4, n_embd=128, block_size=128, vocab_size=65, bias=False) | settings
+    model, T, kept = GPT(GPTConfig(**shape)), shape["block_size"], {}
+    idx = torch.zeros(4, T, dtype=torch.int64)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(
             lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
-        ):
-            model(torch.zeros(B, 128, dtype=torch.int64), torch.zeros(B, 128, dtype=torch.int64), return_logits=False)
-        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        return sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in parameters)
-
-    kept = held(16)
-    assert model.training_bytes(16, 128) == pytest.approx(4 * weights + kept, rel=0.02)
+        ),
+        torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
+    ):
+        model(idx, idx, return_logits=False)
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in known)
+    weights = 4 * sum(p.nbytes for p in model.parameters())
+    estimate = model.training_bytes(4, T, 2 if bfloat16 else 4)
+    assert estimate - weights == pytest.approx(kept, rel=0.25)
+    assert model.training_bytes(4, T, 4, shards=2) == model.training_bytes(4, T, 4) - weights / 2
     model.gradient_checkpointing = True
-    assert 4 * weights + kept / 3 < model.training_bytes(16, 128) < 4 * weights + kept / 2
+    assert weights < model.training_bytes(4, T, 2 if bfloat16 else 4) < weights + (estimate - weights) / 2
