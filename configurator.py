@@ -56,7 +56,8 @@ def last_words(kind, error, trace):
 
 # variables of the environment, and the settings whose defaults they change
 ENVIRONMENT = {"WANDB_PROJECT": "wandb_project", "SAVE_INTERVAL": "save_interval", "MIXED_PRECISION": "dtype"}
-PRECISIONS = {"true": "auto", "false": "float32", "no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+PRECISIONS = {"true": "auto", "yes": "auto", "1": "auto", "false": "float32", "no": "float32", "0": "float32"}
+PRECISIONS |= {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def from_environment(defaults):
@@ -111,7 +112,7 @@ def configure(script):
         settings[key] = check(key, parse(text, defaults[key]), defaults[key], f"--{key}")
         given.add(key)
     script.update(settings)
-    changed = [f"{k}={v!r}" for k, v in settings.items() if v != defaults[k]]
+    changed = [f"{k}={v!r}" for k, v in settings.items() if k in given and v != defaults[k]]
     if changed and os.environ.get("RANK", "0") == "0":
         print("settings:", ", ".join(changed), file=sys.stderr)
     return settings, given
@@ -222,7 +223,7 @@ def print_help(script, settings):
     for number in range(first - 1, last + 1):
         if number in written:
             print(f"{written[number]:<42} {comments.get(number, '')}".rstrip())
-        elif number in comments:
+        elif comments.get(number, "").strip("-"):
             print(f"\n{comments[number]}")
 
 

@@ -691,7 +691,9 @@ class GPT(nn.Module):
                 raise ValueError(f"{lora['base']} holds an adapter itself")
             model = cls.from_checkpoint(found, **override) if found else cls.from_pretrained(lora["base"], override)
         except (OSError, ValueError) as e:
-            raise type(e)(f"the base of this adapter is not to be had: {e}") from None
+            raise type(e)(
+                f"the base of this adapter, {lora['base']}, is not to be had from {os.getcwd()}: {e}"
+            ) from None
         checksum = model.checksum()
         if checksum != lora["checksum"]:
             raise ValueError(f"{lora['base']} no longer holds the weights that this adapter was trained on")

@@ -22,6 +22,7 @@ import importlib.util
 import itertools
 import math
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -107,6 +108,9 @@ with usage_errors():
     tokenizer = from_description(description or {"kind": "tiktoken", "name": "gpt2"})
 
     if export:
+        for other, what in (("config.json", "a model"), ("adapter_config.json", "an adapter")):
+            if os.path.exists(os.path.join(export, other)) and (what == "a model") == bool(model.lora):
+                fail(f"{export} holds {what}, and libraries would take both for one: give another folder")
         model.to(getattr(torch, dtype) if "dtype" in given else torch.float32)
         if model.lora:
             model.save_adapter(export)
@@ -116,8 +120,8 @@ with usage_errors():
             )
         else:
             model.save_pretrained(export, tokenizer.eot)
-            tokenizer.save_pretrained(export)
             print(f"written: {export}, for AutoModelForCausalLM and AutoTokenizer")
+        tokenizer.save_pretrained(export)
         sys.exit(0)
 
     if start == "-":
@@ -151,6 +155,9 @@ def print_stream(x):
     print()
 
 
+CONTROL = "[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # what would move a terminal's cursor, or worse
+
+
 def texts(x):
     """num_samples continuations of x, (1, T), with it, made all at once."""
     for row in model.generate(x.repeat(num_samples, 1), max_new_tokens, **sampling).tolist():
@@ -178,19 +185,21 @@ def print_side_by_side(x):
             raise ValueError(f"{folder} has another tokenizer than the model")
         tokens, T = data.split("val"), min(model.config.block_size, 1024)
         tokens.check(T, model.config.vocab_size)
-    samples, losses, width = [], [], (shutil.get_terminal_size().columns - 3) // 2
+    samples, losses, width = [], [], max(1, (shutil.get_terminal_size().columns - 3) // 2)
     for tuned in (False, True):
         model.use_lora(tuned)
         generator.manual_seed(seed)
         samples.append(list(texts(x)))
         losses.append(mean_loss(tokens, T))
+    count = len(eval_windows(len(tokens), T, 256)) * T
     names = f"base, {model.lora['base']}", f"tuned, {model.lora['rank']} ranks"
     titles = [
-        f"{name}: loss {loss:.4f}, perplexity {math.exp(loss):.2f} on {folder}"
+        f"{name}: loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f} on {count:,} tokens of {folder}"
         for name, loss in zip(names, losses, strict=True)
     ]
     for pair in (titles, *zip(*samples, strict=True)):
-        columns = (sum((textwrap.wrap(line, width) or [""] for line in text.split("\n")), []) for text in pair)
+        lines = (re.sub(CONTROL, "\ufffd", text).split("\n") for text in pair)
+        columns = (sum((textwrap.wrap(line, width) or [""] for line in some), []) for some in lines)
         for left, right in itertools.zip_longest(*columns, fillvalue=""):
             print(f"{left:<{width}} | {right}".rstrip())
         print("-" * width + "-+-" + "-" * width)
@@ -215,7 +224,9 @@ def page():
         except ValueError as e:
             raise gr.Error(str(e), print_exception=False) from None
 
-    with gr.Blocks(title="plainGPT", analytics_enabled=False) as blocks:
+    with gr.Blocks(
+        title=f"plainGPT: {out_dir if init_from == 'resume' else init_from}", analytics_enabled=False
+    ) as blocks:
         with gr.Row():
             with gr.Column(scale=2):
                 shown = start.strip("\n")  # of an empty field the hint is to be seen
@@ -228,7 +239,9 @@ def page():
                     gr.Slider(
                         0, max(2, temperature), temperature, step=0.05, label="Temperature (0: always the likeliest)"
                     ),
-                    gr.Slider(0, max(1000, top_k), top_k, step=1, precision=0, label="Top-k (0: off)"),
+                    gr.Slider(
+                        0, max(model.config.vocab_size, top_k), top_k, step=1, precision=0, label="Top-k (0: off)"
+                    ),
                     gr.Slider(0, 1, top_p, step=0.01, label="Top-p (0: off)"),
                     gr.Slider(
                         1, max(4000, max_new_tokens), max_new_tokens, step=1, precision=0, label="Length in tokens"

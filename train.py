@@ -68,7 +68,7 @@ sample_interval = 2000  # steps from sample of text to sample of text, and one a
 sample_prompt = "\n"  # what they continue
 loss_plot = False  # draw the loss curves into out_dir/loss.png at every evaluation (pip install matplotlib)
 plot = ""  # out_dirs of runs, commas between: draw their curves into loss.png, and exit
-init_from = "scratch"  # scratch, resume, auto (resume if possible), a checkpoint or its folder, a Hub name or folder
+init_from = "scratch"  # scratch, resume, auto or auto:gpt2 (resume if possible), a checkpoint or folder, a Hub name
 # logging: out_dir/metrics.jsonl always has everything
 tensorboard_log = False  # for tensorboard --logdir=out_dir as well (pip install tensorboard)
 wandb_log = False  # for Weights & Biases as well
@@ -165,9 +165,9 @@ if plot:
     print("drawn: loss.png")
     sys.exit(0)
 
-if init_from == "auto":
+if re.match("auto(:|$)", init_from):
     there = any(os.path.exists(os.path.join(out_dir, name)) for name in (LATEST, PREVIOUS))
-    init_from = "resume" if there else "scratch"
+    init_from = "resume" if there else init_from[5:] or "scratch"
 resuming = init_from == "resume"
 checkpoint = None
 if init_from != "scratch":
@@ -393,6 +393,9 @@ if tokenizer and sample_interval and not eval_only:
         say(f"no samples of text, which --sample_prompt= gives: {e}")
 
 iter_num, best_val_loss, wandb_id = 0, 1e9, None
+if checkpoint and eval_only and not resuming:
+    iter_num = checkpoint.get("iter_num", 0)
+    say(f"checkpoint {os.path.join(init_from, checkpoint_name) if os.path.isdir(init_from) else init_from}")
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 if resuming:
     iter_num, best_val_loss = checkpoint.get("iter_num", 0), float(checkpoint.get("best_val_loss", 1e9))
@@ -508,7 +511,8 @@ def write_sample():
     with torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext(), autocast:
         ids = raw_model.generate(prompt, 100, temperature=0.8, top_k=200, generator=generator)
     raw_model.train()
-    return tokenizer.decode(ids[0].tolist())
+    # without what would move a terminal's cursor, or worse
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", tokenizer.decode(ids[0].tolist()))
 
 
 def get_lr(it):
@@ -693,7 +697,7 @@ summary = {
     "compile": str(compile),
     "data": f"{data.folder}, {len(tokens['train']):,} tokens to train on, {len(tokens['val']):,} to validate",
     "model": f"{parameters / 1e6:.2f}M parameters, {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} wide"
-    + (f"; {trained / 1e6:.2f}M are trained" if raw_model.lora else ""),
+    + (f"; {trained / 1e6:.2f}M are trained, beside {raw_model.lora['base']}" if raw_model.lora else ""),
     "step": f"{tokens_per_iter:,} tokens, {gradient_accumulation_steps} x {batch_size} x {block_size}",
     "run": f"{max_iters:,} steps, {epochs:.3g} epochs",
     "memory": f"about {memory / 2**30:.2f} GiB of tensors" + " a process" * ddp + ", less when compiled" * compile,
@@ -822,8 +826,8 @@ while True:
         left = datetime.timedelta(seconds=round(min((max_iters - iter_num - 1) * dt, 1e10)))
         say(
             f"iter {iter_num}: loss {step_loss:.4f}, time {dt * 1000:.2f}ms, "
-            f"mfu {f'{mfu:.2%}' if mfu else 'unknown'}, eta {left}, "
-            f"lr {lr:.2e}, norm {grad_norm:.2f}, {tokens_per_iter / dt:,.0f} tok/s",
+            f"mfu {f'{mfu:.2%}' if mfu else 'unknown'}, {tokens_per_iter / dt:,.0f} tok/s, "
+            f"eta {left}, lr {lr:.2e}, norm {grad_norm:.2f}",
             passing=True,
         )
         log({

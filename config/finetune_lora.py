@@ -8,6 +8,7 @@ out_dir = "out-lora"
 init_from = "gpt2"  # a checkpoint, its folder, or any GPT-2, Llama or Qwen3 of the Hub
 eval_interval = 50
 eval_iters = 40
+sample_interval = 100
 always_save_checkpoint = False  # it overfits soon, so keep what validates best
 
 dataset = "shakespeare"

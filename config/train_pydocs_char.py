@@ -7,6 +7,7 @@ out_dir = "out-pydocs-char"
 eval_interval = 250
 eval_iters = 20
 log_interval = 10
+sample_interval = 500
 
 dataset = "pydocs_char"
 gradient_accumulation_steps = 1

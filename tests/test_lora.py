@@ -159,8 +159,13 @@ def test_side_by_side_and_what_is_written(train, sample, lora_run, tiny, tiny_ru
     sample(*flags, "--merge")
     logits = AutoModelForCausalLM.from_pretrained(tmp_path / "hub")(xy[:1, :-1]).logits
     torch.testing.assert_close(logits, model(xy[:1, :-1], xy[:1, 1:])[0], rtol=1e-4, atol=1e-5)
-    sample(*flags)
-    assert (tmp_path / "hub" / "adapter_model.safetensors").exists()
+    assert "holds a model" in sample(*flags, code=2).err
+    sample(f"--out_dir={tiny_run.out}", f"--export={tmp_path / 'adapter'}")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert "holds an adapter" in sample(*flags, f"--export={tmp_path / 'adapter'}", "--merge", code=2).err
+    assert "merge goes with --export" in sample(*flags, "--export=", "--merge", code=2).err
+    whole = sample(f"--out_dir={tmp_path / 'base'}", "--compare", code=2)
+    assert "this is a whole model" in whole.err
 
 
 @pytest.mark.parametrize(
