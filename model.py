@@ -691,12 +691,14 @@ class GPT(nn.Module):
                 raise ValueError(f"{lora['base']} holds an adapter itself")
             model = cls.from_checkpoint(found, **override) if found else cls.from_pretrained(lora["base"], override)
         except (OSError, ValueError) as e:
-            raise type(e)(
+            raise ValueError(
                 f"the base of this adapter, {lora['base']}, is not to be had from {os.getcwd()}: {e}"
             ) from None
         checksum = model.checksum()
         if checksum != lora["checksum"]:
-            raise ValueError(f"{lora['base']} no longer holds the weights that this adapter was trained on")
+            raise ValueError(
+                f"{lora['base']} no longer holds the weights that this adapter was trained on: restore them"
+            )
         block_size = checkpoint["model_args"].get("block_size")
         if type(block_size) is int and 0 < block_size < model.config.block_size:
             model.crop_block_size(block_size)
@@ -1065,7 +1067,7 @@ def hub_config(name):
 
     folder = hub_folder(name, "config.json")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)  # by default it asks, and then runs code
     except Exception as e:  # what a damaged one raises depends on where it is damaged
         reason = str(e).strip().split("\n")[0]
         raise OSError(f"config.json of {name} cannot be read: {reason or type(e).__name__}") from None
@@ -1212,6 +1214,8 @@ def read_checkpoint(path, mmap=False):
 
     OSError when it is not there, ValueError when it is damaged or is no checkpoint.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is no file")
     with open(path, "rb") as f:
         try:
             in_parts = zipfile.is_zipfile(f)  # files from before PyTorch 1.6 are read as a whole

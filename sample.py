@@ -18,7 +18,6 @@ stopped by Ctrl-C.
 """
 
 import contextlib
-import importlib.util
 import itertools
 import math
 import os
@@ -70,8 +69,8 @@ if merge and (compare or not export):
     fail("merge goes with --export=folder")
 if serve and compile:
     fail("a compiled model is for one thread, and a page has many: leave out --compile")
-if serve and not importlib.util.find_spec("gradio"):
-    fail("the page wants gradio: pip install gradio, or --interactive")
+if compare and (stream or interactive or serve or export):
+    fail("compare prints two columns and ends: leave out --stream, --interactive, --serve and --export")
 if temperature < 0 or top_k < 0 or not 0 <= top_p <= 1:
     fail("temperature and top_k must not be negative, and top_p must lie in [0, 1]")
 device, dtype, device_line = pick_device(device, dtype)
@@ -108,6 +107,10 @@ with usage_errors():
     tokenizer = from_description(description or {"kind": "tiktoken", "name": "gpt2"})
 
     if export:
+        run = out_dir if init_from == "resume" else os.path.dirname(init_from)
+        sources = [run, init_from, checkpoint.get("lora", {}).get("base")]
+        if os.path.realpath(export) in map(os.path.realpath, filter(None, sources)):
+            fail(f"{export} holds what is to be exported: give another folder")
         for other, what in (("config.json", "a model"), ("adapter_config.json", "an adapter")):
             if os.path.exists(os.path.join(export, other)) and (what == "a model") == bool(model.lora):
                 fail(f"{export} holds {what}, and libraries would take both for one: give another folder")
@@ -183,7 +186,8 @@ def print_side_by_side(x):
         data = Dataset(folder)
         if data.tokenizer and not same_tokens(data.tokenizer, tokenizer.description):
             raise ValueError(f"{folder} has another tokenizer than the model")
-        tokens, T = data.split("val"), min(model.config.block_size, 1024)
+        tokens = data.split("val")
+        T = max(1, min(model.config.block_size, 1024, len(tokens) - 1))
         tokens.check(T, model.config.vocab_size)
     samples, losses, width = [], [], max(1, (shutil.get_terminal_size().columns - 3) // 2)
     for tuned in (False, True):
@@ -210,6 +214,7 @@ def page():
     import gradio as gr
 
     def generate(prompt, temperature, top_k, top_p, length, stop):
+        prompt = prompt or ""
         yield prompt, ""  # gradio can end what has begun to yield, and the first token may take long
         text, begin, options = prompt, time.perf_counter(), dict(sampling, stop=None)
         options |= dict(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -258,10 +263,14 @@ def page():
 
 if serve:
     os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},127.0.0.1"  # gradio looks whether its page is there
-    with usage_errors():
+    try:
         blocks = page()
         local = dict(server_name="127.0.0.1", share=False, run_history=False, footer_links=[])
         blocks.launch(**local, quiet=True, prevent_thread_lock=True)
+    except ImportError as e:
+        fail(f"the page wants gradio ({e}): pip install gradio, or --interactive")
+    except Exception as e:  # no free port, a proxy that is in the way, a folder that cannot be written ...
+        fail(f"the page does not open ({type(e).__name__}: {e})")
     print(f"open {blocks.local_url} in a browser; Ctrl-C ends it", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         blocks.server.thread.join()

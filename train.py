@@ -133,7 +133,7 @@ def read_metrics(folder, it=math.inf):
     records = []
     with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8", errors="replace") as f:
         for line in f:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 record = json.loads(line)
                 records += [record] if record["iter"] < it else []
     return records
@@ -147,7 +147,10 @@ def draw_losses(folders, path):
     axes = figure.subplots()
     for i, folder in enumerate(folders):
         records = read_metrics(folder)
-        for key, style in (("loss", dict(alpha=0.4, linewidth=0.7)), ("val/loss", dict(marker=".", label=folder))):
+        for key, style in (
+            ("loss", dict(alpha=0.4, linewidth=0.7)),
+            ("val/loss", dict(marker=".", label=folder.replace("$", r"\$"))),
+        ):
             points = [(r["iter"], r[key]) for r in records if isinstance(r.get(key), float)]
             axes.plot(*zip(*points or [(math.nan, math.nan)], strict=True), color=f"C{i}", **style)
     axes.set(xlabel="step", ylabel="loss, nats per token")
@@ -160,8 +163,11 @@ def draw_losses(folders, path):
 if (plot or loss_plot) and not importlib.util.find_spec("matplotlib"):
     fail("pictures want matplotlib: pip install matplotlib, or leave out --plot and --loss_plot")
 if plot:
-    with usage_errors():
+    try:
         draw_losses([folder for folder in plot.split(",") if folder], "loss.png")
+    except Exception as e:  # of a library that has many ways to fail
+        missing = isinstance(e, OSError) and e.filename
+        fail(f"{e.strerror}: {e.filename}" if missing else f"the picture cannot be drawn ({type(e).__name__}: {e})")
     print("drawn: loss.png")
     sys.exit(0)
 
@@ -341,17 +347,18 @@ with usage_errors():
     had = checkpoint.get("tokenizer") if checkpoint else from_hub(init_from) if init_from != "scratch" else None
     description = had or there
     if had and there and not same_tokens(had, there):
+        whence = out_dir if resuming else init_from
         fail(
             f"the model was trained with another tokenizer than {data.folder} has: its token ids mean other text. "
             "Prepare the text with the model's: "
-            + (f"python sample.py --init_from={init_from} --export=out-hub and then " if checkpoint else "")
+            + (f"python sample.py --init_from={whence} --export=out-hub and then " if checkpoint else "")
             + f"python data/text/prepare.py ... --tokenizer={'out-hub' if checkpoint else init_from}"
         )
     if lora_rank and not resuming and not eval_only:
         if checkpoint and "lora" in checkpoint:
             fail(f"{init_from} is an adapter itself: first python sample.py --init_from={init_from} --export=x --merge")
-        base_folder = init_from if os.path.isdir(init_from) else os.path.dirname(init_from)
-        if checkpoint and os.path.realpath(base_folder) == os.path.realpath(out_dir):
+        files = [init_from, *(os.path.join(init_from, name) for name in (BEST, LATEST, PREVIOUS))]
+        if checkpoint and os.path.realpath(out_dir) in {os.path.dirname(os.path.realpath(path)) for path in files}:
             fail(f"the adapter needs the checkpoint in {out_dir} to stay: give another --out_dir")
         torch.manual_seed(seed)
         model.add_lora(init_from, lora_rank, lora_alpha, lora_dropout, lora_targets)
@@ -646,6 +653,7 @@ if master and not eval_only:
         lock = FolderLock(out_dir)
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(out_dir, "exit_code"))
+        kept_names = (LATEST, PREVIOUS, BEST, "metrics.jsonl", "loss.png", "tensorboard")
         if resuming:
             if checkpoint_name != LATEST and os.path.exists(os.path.join(out_dir, LATEST)):  # it is damaged
                 os.replace(os.path.join(out_dir, LATEST), os.path.join(out_dir, LATEST + ".damaged"))
@@ -654,17 +662,13 @@ if master and not eval_only:
                 with open(metrics_path + ".tmp", "w", encoding="utf-8") as f:
                     f.writelines(json.dumps(record) + "\n" for record in kept)
                 os.replace(metrics_path + ".tmp", metrics_path)
-        elif any(os.path.exists(os.path.join(out_dir, name)) for name in (LATEST, PREVIOUS, BEST)):
+        elif earlier := [name for name in kept_names if os.path.exists(os.path.join(out_dir, name))]:
             numbers = (n for n in range(1, 10**6) if not os.path.exists(os.path.join(out_dir, f"previous-{n}")))
             aside = os.path.join(out_dir, f"previous-{next(numbers)}")
             os.makedirs(aside)
-            for name in (LATEST, PREVIOUS, BEST, "metrics.jsonl", "loss.png", "tensorboard"):
-                if os.path.exists(os.path.join(out_dir, name)):
-                    os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
+            for name in earlier:
+                os.replace(os.path.join(out_dir, name), os.path.join(aside, name))
             say(f"{out_dir} held an earlier run: moved to {aside}")
-        elif os.path.exists(metrics_path):  # of a run that ended before its first save
-            os.remove(metrics_path)
-            shutil.rmtree(os.path.join(out_dir, "tensorboard"), ignore_errors=True)
         open(metrics_path, "a").close()  # better to know now that a folder cannot be written to
         if tensorboard_log:
             purge = iter_num if resuming else None  # what comes from there on is logged again

@@ -285,7 +285,10 @@ class HubTokenizer(Tokenizer):
         try:
             self.tokenizer, self.plain = (Tokenizer.from_str(files["tokenizer.json"]) for _ in range(2))
             ends = json.loads(files.get("tokenizer_config.json", "{}")).get("eos_token")
+            ends = ends["content"] if isinstance(ends, dict) else ends
             described = json.loads(files["tokenizer.json"])
+            self.added = {token["id"]: token["content"].encode() for token in described.get("added_tokens", [])}
+            self.eot = self.tokenizer.token_to_id(ends or "")
         except Exception as e:  # the library raises Exception itself
             raise ValueError(f"tokenizer.json is not understood: {e}") from None
         self.plain.encode_special_tokens = True  # as text
@@ -294,8 +297,6 @@ class HubTokenizer(Tokenizer):
             tokenizer.no_padding()
         self.files, self.description = files, {"kind": "transformers", "files": files}
         self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.eot = self.tokenizer.token_to_id(ends["content"] if isinstance(ends, dict) else ends or "")
-        self.added = {token["id"]: token["content"].encode() for token in described.get("added_tokens", [])}
         self.byte_level = "ByteLevel" in json.dumps(described.get("decoder"))
 
     def encode(self, text):
@@ -319,7 +320,7 @@ class HubTokenizer(Tokenizer):
         if i in self.added or token is None:
             return self.added.get(i, "\N{REPLACEMENT CHARACTER}".encode())
         if self.byte_level:
-            return bytes(BYTES[character] for character in token)
+            return bytes(BYTES.get(character, 0) for character in token)
         if len(token) == 6 and token.startswith("<0x"):  # SentencePiece's bytes
             return bytes([int(token[3:5], 16)])
         return token.replace(SPACE, " ").encode()
@@ -403,7 +404,8 @@ def from_hub(name):
         files = read_texts(folder, HUB_FILES)
         if "tokenizer.json" not in files:
             with tempfile.TemporaryDirectory() as converted:
-                AutoTokenizer.from_pretrained(folder).save_pretrained(converted)
+                # by default it asks whether it may run code from there, and does
+                AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(converted)
                 files = read_texts(converted, HUB_FILES)
     except Exception:  # whatever it is that the libraries lack where there is no tokenizer
         return None

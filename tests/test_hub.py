@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 
 import pytest
 import torch
@@ -334,3 +335,17 @@ def test_an_exported_dtype_is_as_asked(script, finished_char_run, tmp_path):
 def finished_char_run(script, tiny_run):
     assert script("train.py", *tiny_run.flags, "--max_iters=2").code == 0
     return tiny_run.out
+
+
+@pytest.mark.parametrize("script_name", ["sample.py", "train.py"])
+def test_a_folder_that_brings_code_does_not_run_it(start_process, tiny_run, tmp_path, script_name):
+    folder, ran = tmp_path / "evil", tmp_path / "ran"
+    folder.mkdir()
+    auto = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", "auto_map": auto}))
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    flags = tiny_run.flags if script_name == "train.py" else ["--start=-", "--device=cpu"]
+    process = start_process(script_name, *flags, f"--init_from={folder}", stdin=subprocess.PIPE)
+    _, err = process.communicate("y\ny\ny\n")
+    assert process.returncode == 2 and err.count("error: ") == 1 and "Traceback" not in err and not ran.exists()

@@ -1,6 +1,7 @@
 """LoRA beside the peft library's own models, the chain rule, and runs that were not interrupted."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -203,9 +204,16 @@ def test_an_adapter_wants_its_base_as_it_was(script, train, lora_run, tiny_run, 
     for path in (tmp_path / "base").glob("*.pt"):
         path.unlink()
     result = script("sample.py", f"--out_dir={tiny_run.out}", "--device=cpu")
-    assert result.code == 2 and "the base of this adapter is not to be had: no checkpoint in" in result.err
+    assert result.code == 2 and f"is not to be had from {os.getcwd()}: no checkpoint in" in result.err
     state = read_checkpoint(tiny_run.out / LATEST)
-    for lora in ({}, dict(state["lora"], base=3), dict(state["lora"], rank=10**30), dict(state["lora"], more=1)):
+    for lora in (
+        {},
+        dict(state["lora"], base="\ud800.pt"),
+        dict(state["lora"], base="/dev/zero"),
+        dict(state["lora"], base=3),
+        dict(state["lora"], rank=10**30),
+        dict(state["lora"], more=1),
+    ):
         (tmp_path / "wrong").mkdir(exist_ok=True)
         save_checkpoint(state | {"lora": lora}, tmp_path / "wrong")
         result = script("sample.py", f"--init_from={tmp_path / 'wrong' / LATEST}", "--device=cpu")

@@ -183,7 +183,8 @@ def test_a_new_run_keeps_the_earlier_one_aside(train, tiny_run, finished):
     train(tiny_run.flags, "--seed=2", "--max_iters=0")
     assert_same_state(finished, read_checkpoint(tiny_run.out / "previous-1" / LATEST))
     train(tiny_run.flags, "--seed=1", "--max_iters=3")
-    assert len(metrics(tiny_run.out)) == 6 and read_checkpoint(tiny_run.out / LATEST)["iter_num"] == 3
+    assert len(metrics(tiny_run.out / "previous-3")) == 2  # a run that ended before its first save
+    assert len(metrics(tiny_run.out)) == 7 and read_checkpoint(tiny_run.out / LATEST)["iter_num"] == 3
 
 
 def test_a_run_from_a_checkpoint_begins_with_its_weights(train, tiny_run, finished, tmp_path):
@@ -612,13 +613,18 @@ def test_a_readable_but_strange_latest_falls_back_to_the_previous(train, tiny_ru
 def test_wandb_gets_the_records_and_its_errors_do_not_end_a_run(train, tiny_run, monkeypatch):
     records = []
 
-    def log(record):
+    def init(**settings):
+        records.append(settings)
+        return types.SimpleNamespace(id="mine")
+
+    def log(record, step):
+        assert record["iter"] == step
         records.append(record)
         if len(records) == 2:
             raise RuntimeError("no route")
 
     codes = []
-    wandb = types.SimpleNamespace(init=lambda **settings: records.append(settings), log=log, finish=codes.append)
+    wandb = types.SimpleNamespace(init=init, log=log, finish=codes.append)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     result = train(tiny_run.flags, "--wandb_log", "--wandb_project=p", "--max_iters=3")
     assert "WARNING: wandb does not log (no route)" in result.out

@@ -72,6 +72,10 @@ def test_curves_of_several_runs(script, train, tiny_run, tmp_path, monkeypatch):
     picture = imread(tmp_path / "loss.png")[..., :3].reshape(-1, 3)
     for color in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # a run each
         assert (abs(picture - torch.tensor(color).numpy() / 255).max(axis=1) < 0.01).sum() > 100
+    for out_dir in ("run_$a_$", "empty"):
+        (tmp_path / out_dir).mkdir()
+        (tmp_path / out_dir / "metrics.jsonl").write_text("[" * 10**5 + "\n")
+        assert script("train.py", f"--plot={out_dir}").code == 0
     result = script("train.py", "--plot=nowhere")
     assert result.code == 2 and "No such file or directory: nowhere/metrics.jsonl" in result.err
 
@@ -183,7 +187,7 @@ def test_the_environment_sets_defaults_and_flags_win(script, train, tiny_run, mo
     assert read_checkpoint(tiny_run.out / "ckpt_prev.pt")["iter_num"] == 5
     for variable, message in (
         ("SAVE_INTERVAL", "SAVE_INTERVAL: save_interval takes a whole number"),
-        ("MIXED_PRECISION", "MIXED_PRECISION takes true, false"),
+        ("MIXED_PRECISION", "MIXED_PRECISION takes true, yes"),
     ):
         monkeypatch.setenv(variable, "perhaps")
         result = script("train.py", *flags)
