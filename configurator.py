@@ -191,12 +191,13 @@ def setting_lines(path):
     """{name: (line number, default as written)} of the settings that stand at the top of a script."""
     with open(path, encoding="utf-8") as f:
         source = f.read()
-    lines = {}
+    lines, written = {}, source.encode().split(b"\n")  # ast.get_source_segment would split it for each
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             break  # the call of configure()
         if isinstance(node, ast.Assign):
-            lines[node.targets[0].id] = (node.lineno, ast.get_source_segment(source, node.value))
+            value = written[node.lineno - 1][node.value.col_offset : node.value.end_col_offset]
+            lines[node.targets[0].id] = (node.lineno, value.decode())
     return lines
 
 
