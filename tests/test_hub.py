@@ -309,9 +309,9 @@ def test_a_folder_of_transformers_is_finetuned_and_goes_back(script, tiny_run, t
     resumed = script("train.py", *flags, f"--dataset={tmp_path / 'data'}", "--init_from=resume", "--max_iters=22")
     assert resumed.code == 0 and read_checkpoint(tiny_run.out / LATEST)["iter_num"] == 22
 
-    result = script("sample.py", f"--init_from={tiny_run.out / LATEST}", f"--export={tmp_path / 'out'}")
+    result = script("sample.py", f"--init_from={tiny_run.out / LATEST}", f"--export={tmp_path / 'hub'}")
     assert result.code == 0, result.err
-    again, fast_again = (c.from_pretrained(tmp_path / "out") for c in (AutoModelForCausalLM, AutoTokenizer))
+    again, fast_again = (c.from_pretrained(tmp_path / "hub") for c in (AutoModelForCausalLM, AutoTokenizer))
     assert type(again).__name__ == "LlamaForCausalLM" and again.config.eos_token_id == 1
     assert again.config.max_position_embeddings == 128  # though trained on 16 tokens at a time
     assert fast_again("Call me")["input_ids"] == fast("Call me")["input_ids"]
@@ -319,7 +319,7 @@ def test_a_folder_of_transformers_is_finetuned_and_goes_back(script, tiny_run, t
     x = fast_again(text, return_tensors="pt")["input_ids"]
     monkeypatch.setattr(again.generation_config, "eos_token_id", None)
     expected = fast_again.decode(again.generate(x, max_new_tokens=9, do_sample=False)[0])
-    for source in (f"--init_from={tiny_run.out / LATEST}", f"--init_from={tmp_path / 'out'}"):
+    for source in (f"--init_from={tiny_run.out / LATEST}", f"--init_from={tmp_path / 'hub'}"):
         flags = [f"--start={text}", "--temperature=0", "--num_samples=1", "--max_new_tokens=9", "--dtype=float32"]
         assert script("sample.py", source, *flags, "--device=cpu").out == f"{expected}\n---------------\n"
 
