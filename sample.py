@@ -21,7 +21,6 @@ import contextlib
 import itertools
 import math
 import os
-import re
 import shutil
 import sys
 import textwrap
@@ -31,7 +30,7 @@ import torch
 
 from configurator import can_compile, configure, end_with_the_pipe, fail, pick_device, usage_errors
 from data.shards import Dataset, eval_windows, read_meta
-from data.tokenizer import from_description, from_hub, prompt_ids, same_tokens
+from data.tokenizer import for_terminal, from_description, from_hub, prompt_ids, same_tokens
 from model import BEST, GPT, LATEST, PREVIOUS, find_checkpoint
 
 # -----------------------------------------------------------------------------
@@ -158,9 +157,6 @@ def print_stream(x):
     print()
 
 
-CONTROL = "[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # what would move a terminal's cursor, or worse
-
-
 def texts(x):
     """num_samples continuations of x, (1, T), with it, made all at once."""
     for row in model.generate(x.repeat(num_samples, 1), max_new_tokens, **sampling).tolist():
@@ -202,7 +198,7 @@ def print_side_by_side(x):
         for name, loss in zip(names, losses, strict=True)
     ]
     for pair in (titles, *zip(*samples, strict=True)):
-        lines = (re.sub(CONTROL, "\ufffd", text).split("\n") for text in pair)
+        lines = (for_terminal(text).split("\n") for text in pair)
         columns = (sum((textwrap.wrap(line, width) or [""] for line in some), []) for some in lines)
         for left, right in itertools.zip_longest(*columns, fillvalue=""):
             print(f"{left:<{width}} | {right}".rstrip())

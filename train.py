@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from configurator import can_compile, check, configure, fail, pick_device, usage_errors
 from data.shards import Dataset, FolderLock, eval_windows, train_windows
-from data.tokenizer import from_description, from_hub, prompt_ids, same_tokens
+from data.tokenizer import for_terminal, from_description, from_hub, prompt_ids, same_tokens
 from model import (
     BEST,
     GPT,
@@ -380,16 +380,17 @@ with usage_errors():
     optimizer = model.configure_optimizers(weight_decay, learning_rate, (beta1, beta2), device_type, muon, ptdtype)
 
 byte_lengths = torch.zeros(model.config.vocab_size, dtype=torch.int64)  # of the text that each token stands for
-tokenizer, prompt = None, None  # of samples of text: their first token ids, (1, T)
+tokenizer, known = None, None
+prompt = None  # the token ids that samples of text begin with, (1, T)
 if description:
     try:
         tokenizer = from_description(description)
         known = torch.from_numpy(tokenizer.byte_lengths()[: len(byte_lengths)])
     except ValueError as e:
-        tokenizer = say(f"no bits per byte and no samples: {e}")
-if any_process(tokenizer is None):  # a machine without network may lack what the others have
+        say(f"no bits per byte and no samples: {e}")
+if any_process(known is None):  # a machine without network may lack what the others have
     tokenizer = None
-if tokenizer:
+else:
     byte_lengths[: len(known)] = known
 if tokenizer and sample_interval and not eval_only:
     try:
@@ -518,8 +519,7 @@ def write_sample():
     with torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext(), autocast:
         ids = raw_model.generate(prompt, 100, temperature=0.8, top_k=200, generator=generator)
     raw_model.train()
-    # without what would move a terminal's cursor, or worse
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", tokenizer.decode(ids[0].tolist()))
+    return for_terminal(tokenizer.decode(ids[0].tolist()))
 
 
 def get_lr(it):

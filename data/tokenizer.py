@@ -424,6 +424,11 @@ def prompt_ids(tokenizer, text, vocab_size):
     return ids
 
 
+def for_terminal(text):
+    """A text without the control characters that would move a terminal's cursor, or worse."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
+
+
 def read_texts(folder, names):
     """{name: content} of those of the files that are there."""
     texts = {}
