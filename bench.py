@@ -1,65 +1,50 @@
 """
-How fast a GPT trains and generates on this machine, beside what the hardware could do.
+Measure how fast a GPT trains and generates on this machine, compared with the limits of the hardware.
 
     python bench.py                                          GPT-2 124M
     python bench.py config/train_shakespeare_char_cpu.py     the model, batch and data of a run
-    python bench.py --real_data=False --decode_tokens=0      training alone, on random tokens
-    python bench.py --profile                                and a trace of it for chrome://tracing or Perfetto
+    python bench.py --real_data=False --decode_tokens=0      training only, on random tokens
+    python bench.py --profile                                also write a trace for chrome://tracing or Perfetto
     python bench.py config/train_shakespeare_char_cpu.py --compare=config/modern.py     two architectures, in turns
-    python bench.py --classic=../nanoGPT                     in turns with nanoGPT, from a folder that has it
-    python bench.py --steps=0 --transformers --int8          generation, beside transformers and with 8-bit weights
-    python bench.py --steps=0 --init_from=out --int8         generation by a model of yours
+    python bench.py --classic=../nanoGPT                     in turns with nanoGPT, from a folder that contains it
+    python bench.py --steps=0 --transformers --int8          generation, also by transformers and with int8 weights
+    python bench.py --steps=0 --init_from=out --int8         generation by a trained model
     python bench.py --compare=config/modern.py,gpt2-medium,gpt2-large,gpt2-xl --decode_batch=1,8,64     several sizes
-    python bench.py config/train_gpt2.py --plan=8            what each of 8 processes would need, without training
 
-Utilisation (MFU) is of the data sheet's peak on a GPU, and of a large matrix product measured in the same run on a CPU.
-A token that is generated reads every weight once, and the cache: its bound is the measured bandwidth of the memory.
-Models in turns see the same batches; the loss named is the mean of the last tenth of the steps.
+The peak, for the model FLOPs utilization (MFU), is from a GPU's data sheet, or measured on a CPU in the same run. The
+bound of generation is the measured memory bandwidth: a step reads every weight and the KV cache once. Models in turns
+train on the same batches; the loss is the mean over the last tenth of the steps.
 """
 
-import contextlib
 import dataclasses
-import importlib.util
-import itertools
+import functools
 import math
+import multiprocessing
 import os
 import re
-import statistics
-import subprocess
+import runpy
+import signal
 import sys
 import tempfile
+import threading
 import time
-import weakref
-from json import dump, dumps, loads
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from json import dump
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from configurator import can_compile, configure, end_with_the_pipe, fail, pick_device, read_config, usage_errors
-from data.shards import Dataset, eval_windows, train_windows
-from model import (
-    BEST,
-    CLASSIC,
-    GPT,
-    GPU_TFLOPS,
-    LATEST,
-    PREVIOUS,
-    GPTConfig,
-    find_checkpoint,
-    from_hub_config,
-    hub_config,
-    padded,
-    peak_flops,
-    peak_memory,
-)
+import configurator
+import model as gpt
+from configurator import configure, fail, pick_device, usage_errors
+from data.shards import Dataset, eval_windows, load_batch, train_windows
+from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
-# what
-batch_size = 12
-block_size = 1024
+# settings
+# the model, and what is measured
+batch_size = 12  # in sequences
+block_size = 1024  # context length, in tokens
 n_layer = 12
 n_head = 12
 n_embd = 768
@@ -74,489 +59,414 @@ n_kv_head = 0
 qk_norm = False
 tied = True
 gradient_checkpointing = False
-lora_rank = 0
+lora_rank = 0  # rank of LoRA adapters; 0: off
 lora_targets = "c_attn,c_proj,c_fc"
 muon = False
-learning_rate = 1e-3  # the same in all steps
-real_data = True  # train on the dataset, with its loading in the time; False, or no such dataset: on random tokens
-dataset = "openwebtext"
-init_from = ""  # a checkpoint, its folder or a Hub name: measure that model, not one of the shape above
-compare = ""  # config files, or names as gpt2-xl, commas between: measure what they make of these settings, in turns
-classic = ""  # a folder with nanoGPT's model.py, to measure in turns
-transformers = False  # measure generation by transformers in turns
-int8 = False  # measure generation with 8-bit weights, too, and what they do to the validation split's perplexity
-plan = 0  # print the memory that a process needs where so many train it, and what they send a step, and exit
-gradient_accumulation_steps = 5 * 8  # of the plan: micro-batches a step, over all processes together
+learning_rate = 1e-3  # of all steps
+real_data = True  # train on the dataset, and time its loading; False: on random tokens
+dataset = "openwebtext"  # folder in data/
+init_from = ""  # a checkpoint, its folder, or a Hub name: measure this model
+compare = ""  # config files, or gpt2-medium, -large, -xl, comma-separated: also measure the model with these changes
+classic = ""  # folder with nanoGPT's model.py: also measure nanoGPT
+transformers = False  # also measure generation by transformers
+int8 = False  # also measure generation with int8 weights, and the perplexity before and after
 # how long
-steps = 20  # training steps to time; 0: none
-decode_tokens = 256  # tokens to generate; 0: none
-decode_batch = "1,10"  # how many sequences to generate together, one number after another
-seconds = 120.0  # begin no further training step after this time, three at least
+steps = 20  # training steps to time; 0: off
+decode_tokens = 256  # tokens to generate; 0: off
+decode_batch = "1,10"  # numbers of sequences to generate together, comma-separated
+seconds = 120.0  # after this time start no training step, except the first three
 # output
-profile = False  # record five training steps with torch.profiler in bench_log/
+profile = False  # record five training steps of the first model with torch.profiler in bench_log/
 json = ""  # write the results to this file
 # system
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16
-compile = True  # torch.compile the training step
-seed = 1337
+compile = True  # use torch.compile
+seed = 1337  # of the initial weights and the order of the data
 # -----------------------------------------------------------------------------
-# several models are measured in processes of their own, each as its users run it; this may be one of them
-contender = os.environ.get("PLAINGPT_CONTENDER", "")
-with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere if contender else sys.stderr):
-    settings, given = configure(globals())
-end_with_the_pipe()
+config, explicit = configure(globals())
 
-for name in ("batch_size", "block_size", "gradient_accumulation_steps"):
-    if settings[name] < 1:
-        fail(f"{name} must be at least 1, not {settings[name]}")
-if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", decode_batch):
-    fail(f"decode_batch takes numbers such as 1,10, not {decode_batch!r}")
-if plan < 0 or plan and gradient_accumulation_steps % plan:
-    fail(f"plan takes a number that divides gradient_accumulation_steps={gradient_accumulation_steps}, not {plan}")
-if profile and (compare or classic or transformers):
-    fail("profile records one model alone: leave out --compare, --classic and --transformers")
-if plan and (compare or classic or transformers or profile):
-    fail("plan measures nothing: leave out --compare, --classic, --transformers and --profile")
-if init_from and (compare or plan):
-    fail("init_from measures one model that is there: leave out --compare and --plan")
-if not plan and steps < 1 and (profile or decode_tokens < 1):
-    fail("nothing to measure: give --steps=20" + ("" if profile else " or --decode_tokens=256"))
-if transformers and decode_tokens > block_size:
-    fail(f"transformers generates up to block_size={block_size} tokens: give --decode_tokens={block_size}")
-if batch_size * (block_size + 1) >= 2**31:
-    fail(f"{batch_size} x {block_size} tokens are too many for a step: lower --batch_size")
-if json:
-    with usage_errors():
-        open(json, "a").close()  # better to know now that it cannot be written
-foreign = contender in ("classic", "transformers")
-device, dtype, device_line = pick_device(device, dtype, tuned=not foreign)
-device_type, ptdtype = device.split(":")[0], getattr(torch, dtype)
-vocab_size, data_line = None, "random tokens"
-if init_from:
-    with usage_errors():
-        checkpoint, _ = find_checkpoint(init_from, (BEST, LATEST, PREVIOUS), "")
-        shape = GPTConfig(**(checkpoint["model_args"] if checkpoint else from_hub_config(hub_config(init_from))))
-    there = dataclasses.asdict(shape) | {"block_size": min(block_size, shape.block_size)}
-    there["dataset"] = checkpoint.get("config", {}).get("dataset", dataset) if checkpoint else dataset
-    settings.update({name: value for name, value in there.items() if name in settings.keys() - {"dropout"} - given})
-    vocab_size, block_size, dataset = shape.vocab_size, settings["block_size"], settings["dataset"]
-    for name in given & there.keys() - {"block_size", "dropout", "dataset"}:
-        if settings[name] != there[name] and (settings[name] or type(there[name]) is bool):  # 0: as it comes
-            fail(f"{name}={settings[name]} was given, but the model of {init_from} has {there[name]}")
-    if block_size > shape.block_size:
-        fail(f"the model of {init_from} sees {shape.block_size} tokens: give --block_size={shape.block_size}")
-    checkpoint = None
-GPT2_SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280)}
-GPT2_SIZES["gpt2-xl"] = (48, 25, 1600)  # layers, heads, channels
-compared = {os.path.splitext(os.path.basename(path))[0]: path for path in compare.split(",") if path}
-names = ["plainGPT", *compared, *["classic"] * bool(classic), *["transformers"] * transformers]
-if len(set(names)) < len(names) or len(compared) < len(compare.split(",")) and compare:
-    fail(f"two models have the same name: rename one of {', '.join(compare.split(','))}")
-tokens = {}
-if real_data:
-    try:
-        data = Dataset(os.path.join("data", dataset))
-        vocab_size = vocab_size or padded(data.vocab_size or GPTConfig.vocab_size)
-        splits = {name: data.split(name) for name in ("train", "val")}
+FOREIGN = ("classic", "transformers")  # other implementations of the same model
+GPT2_SIZES = {"gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+SHAPE = {field.name for field in dataclasses.fields(GPTConfig)} & config.keys()
+
+# -----------------------------------------------------------------------------
+# setup
+
+
+def open_splits():
+    """Return the splits of the dataset, and its vocabulary size."""
+    data = Dataset(os.path.join("data", dataset))
+    return {split: data.split(split) for split in ("train", "val")}, data.vocab_size
+
+
+if __name__ == "__main__":  # not in worker processes: they get the resulting settings
+    configurator.check_minimum(config, 1, "batch_size", "block_size")
+    configurator.check_minimum(config, 0, "steps", "decode_tokens", "lora_rank")
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", decode_batch):
+        fail(f"--decode_batch must be numbers such as 1,10, got {decode_batch}")
+    if transformers and decode_tokens > block_size:
+        fail(f"transformers cannot generate more than block_size tokens: set --decode_tokens={block_size}")
+
+    # device
+    device, dtype, device_line = pick_device(device, dtype)
+    print(device_line)
+    device_type = device.split(":")[0]
+    ptdtype = getattr(torch, dtype)
+    compile = compile and configurator.can_compile(device)
+
+    # the model of a checkpoint decides its settings; a shorter context is possible
+    vocab_size = None
+    if init_from:
         with usage_errors():
-            for split in splits.values():
-                split.check(block_size, vocab_size)
-        tokens, data_line = splits, ""
-    except (OSError, ValueError) as e:
-        data_line = f"{f'a vocabulary of {GPTConfig.vocab_size:,}' if plan else 'random tokens'}: {e}"
-vocab_size = vocab_size or GPTConfig.vocab_size
-if not contender:
-    print(device_line + (f"\n{data_line}" if data_line else ""))
-compile = compile and not plan and can_compile(device)
-autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32")
+            checkpoint, _ = gpt.open_checkpoint(init_from)
+            args = checkpoint["model_args"] if checkpoint else gpt.from_hf_config(gpt.load_hf_config(init_from))
+            fields = dataclasses.asdict(GPTConfig(**args))
+        fields |= {"block_size": min(block_size, fields["block_size"]), "dropout": dropout}
+        if checkpoint and "dataset" not in explicit:
+            fields["dataset"] = checkpoint.get("config", {}).get("dataset", dataset)
+        configurator.match_model(config, explicit, fields, init_from)
+        globals().update({name: config[name] for name in (*SHAPE, "dataset")}, vocab_size=fields["vocab_size"])
+
+    # data
+    tokens, data_vocab_size = {}, None
+    if real_data:
+        try:
+            tokens, data_vocab_size = open_splits()
+        except (OSError, ValueError) as e:
+            print(f"random tokens: {e}")
+    real_data = bool(tokens)
+    vocab_size = vocab_size or gpt.round_vocab_size(data_vocab_size or 50257)
+    with usage_errors():
+        for split in tokens.values():
+            split.check(block_size, vocab_size)
+
+    # the settings of each model; `compare` changes the model, but not the batches
+    config = {name: globals()[name] for name in (*config, "device_type", "ptdtype", "vocab_size")}
+    models = {"plainGPT": config}
+    changeable = SHAPE - {"block_size"} | {"gradient_checkpointing", "lora_rank", "lora_targets", "muon"}
+    for path in filter(None, compare.split(",")):
+        name = os.path.splitext(os.path.basename(path))[0]
+        if name in (*models, *FOREIGN):
+            fail(f"--compare: two models have the name {name}: rename {path}")
+        if path in GPT2_SIZES:
+            changes = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[path], strict=True))
+        else:
+            changes = configurator.read_config(path, globals(), config)
+        models[name] = config | {"init_from": ""} | {key: changes[key] for key in changes.keys() & changeable}
+    if classic:
+        models["classic"] = config
+    if transformers:
+        models["transformers"] = config
+
+# -----------------------------------------------------------------------------
+# a model, and what is measured of it
 
 
-def build(settings):
-    """The model of these settings."""
+def build_model():
+    """Return the model of init_from, or of the settings with new weights."""
     torch.manual_seed(seed)
     if init_from:
-        checkpoint, _ = find_checkpoint(init_from, (BEST, LATEST, PREVIOUS), "")
-        model = GPT.from_checkpoint(checkpoint) if checkpoint else GPT.from_pretrained(init_from)
-        model.merge_lora()
+        checkpoint, _ = gpt.open_checkpoint(init_from)
+        model = gpt.load_model(init_from, checkpoint)
+        gpt.merge_lora(model)
     else:
-        fields = [field.name for field in dataclasses.fields(GPTConfig) if field.name in settings]
-        model = GPT(GPTConfig(**{name: settings[name] for name in fields}, vocab_size=vocab_size))
-    model.gradient_checkpointing = settings["gradient_checkpointing"]
-    if settings["lora_rank"] > 0:
-        model.add_lora("", settings["lora_rank"], 16, 0.0, settings["lora_targets"], checksum="-")
+        model = GPT(GPTConfig(**{name: globals()[name] for name in SHAPE}, vocab_size=vocab_size))
+    if gradient_checkpointing:
+        gpt.enable_gradient_checkpointing(model)
+    if lora_rank:
+        gpt.add_lora(model, "", lora_rank, 16, 0.0, lora_targets, checksum="unused")
     return model
 
 
-def build_classic(folder):
-    """nanoGPT's model of the same shape, from a folder that has its model.py."""
-    path = os.path.join(folder, "model.py")
-    if not os.path.exists(path):
-        fail(f"no {path}: classic takes the folder of a copy of nanoGPT")
-    spec = importlib.util.spec_from_file_location("classic_model", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["classic_model"] = module  # dataclasses look themselves up there
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            spec.loader.exec_module(module)
-            shape = {name: getattr(build(settings).config, name) for name in CLASSIC}
-            return module.GPT(module.GPTConfig(**shape))
-    except Exception as e:  # it is somebody else's code
-        fail(f"{path}: {type(e).__name__}: {e}")
+def describe(model):
+    """Return the hyperparameters of a GPT, and what follows from them."""
+    shape = model.config
+    return {
+        "config": gpt.model_args(shape),
+        "parameters": gpt.get_num_params(model, non_embedding=False),
+        "cache_bytes_per_token": 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * ptdtype.itemsize,
+        "flops_per_token": gpt.flops_per_token(model, block_size),
+    }
 
 
-def build_transformers():
-    """The model as transformers has it, for generation in its own dtype."""
+def build_classic(config):
+    """Return nanoGPT's model of a GPTConfig."""
+    nanogpt = runpy.run_path(os.path.join(classic, "model.py"))
+    args = {name: getattr(config, name) for name in gpt.NANOGPT_FIELDS}
+    return nanogpt["GPT"](nanogpt["GPTConfig"](**args))
+
+
+def convert_to_transformers(model):
+    """Return a GPT as transformers implements it, in the dtype of generation."""
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
-        build(settings).save_pretrained(folder)
+        gpt.save_pretrained(model, folder)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=ptdtype)
 
 
-def sync():
-    """Wait for the device to finish what it was given."""
-    if device_type != "cpu":
-        getattr(torch, device_type).synchronize()
-
-
-def get_batch(split, starts):
-    """Inputs and targets of the windows at starts, two (B, T) on the device."""
-    if tokens:
-        xy = torch.from_numpy(tokens[split].windows(starts, block_size + 1))
-    else:
-        xy = torch.randint(vocab_size, (len(starts), block_size + 1))
-    xy = xy.pin_memory().to(device, non_blocking=True) if device_type == "cuda" else xy.to(device)
-    return xy[:, :-1], xy[:, 1:].contiguous()
-
-
-class Contender:
-    """A model and what is measured of it."""
+class Runner:
+    """Train a model and generate with it, by the settings of this process."""
 
     def __init__(self, name):
-        """plainGPT, one of compare's settings, classic or transformers. Exits with one line if it cannot be built."""
-        self.name, self.forward, self.settings = name, None, settings
-        with usage_errors():
-            if name == "classic":
-                self.model = build_classic(classic)
-            elif name == "transformers":
-                self.model = build_transformers()
-            elif name == "plainGPT":
-                self.model = build(settings)
-            else:  # on the same batches
-                path = compared[name]
-                known = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES.get(path, ()), strict=False))
-                found = known or read_config(path, {**globals(), **settings}, settings)
-                self.settings = {**settings, **found, "block_size": block_size}
-                self.model = build(self.settings)
-            self.model.to(device)
+        self.name = name
+        self.foreign = name in FOREIGN
+        self.tokens = open_splits()[0] if real_data else {}
+        model = build_model()
+        self.specs = describe(model)
+        if name == "classic":
+            model = build_classic(model.config)
+        elif name == "transformers":
+            model = convert_to_transformers(model)
+        self.model = model.to(device)
+        if name == "transformers" or not (steps or profile):
+            return
 
-    def describe(self):
-        """What the model is: its config, parameters, bytes of KV cache a token, and FLOPs a token."""
-        shape, flops = self.model.config, self.model.flops_per_token(block_size)
-        cache = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * ptdtype.itemsize
-        count = self.model.get_num_params(non_embedding=False)
-        return {"config": shape.to_dict(), "parameters": count, "cache_bytes_per_token": cache, "flops": flops}
+        # nanoGPT computes in float32 on CPUs
+        use_autocast = dtype != "float32" and not (self.foreign and device_type == "cpu")
+        self.autocast = torch.autocast(device_type, dtype=ptdtype, enabled=use_autocast)
+        self.forward = torch.compile(self.model, dynamic=False) if compile else self.model
+        self.forward_options = {} if self.foreign else {"return_logits": False}
+        options = {} if self.foreign else {"muon": muon, "dtype": ptdtype}
+        self.optimizer = self.model.configure_optimizers(0.1, learning_rate, (0.9, 0.95), device_type, **options)
+        self.scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
-    def train(self, i):
-        """Step i, as train.py takes it: its seconds, those of them that its data took, and its loss."""
-        if self.forward is None:
-            self.forward = torch.compile(self.model, dynamic=False) if compile else self.model
-            # nanoGPT computes in float32 on CPUs, whatever its dtype
-            self.precision = contextlib.nullcontext() if foreign and device_type == "cpu" else autocast
-            options = {} if foreign else dict(muon=self.settings["muon"], dtype=ptdtype)
-            betas = (0.9, 0.95)
-            self.optimizer = self.model.configure_optimizers(0.1, learning_rate, betas, device_type, **options)
-            self.scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-        sync()
-        start = time.perf_counter()
-        starts = train_windows(len(tokens["train"]), block_size, seed, i * batch_size, batch_size) if tokens else 0
-        X, Y = get_batch("train", starts if tokens else range(batch_size))
-        data_seconds = time.perf_counter() - start
-        with self.precision:
-            _, loss = self.forward(X, Y) if foreign else self.forward(X, Y, return_logits=False)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = loss.item()
-        return time.perf_counter() - start, data_seconds, loss
+    def get_batch(self, i):
+        """Return inputs and targets of training step i, (B, T) each."""
+        if not self.tokens:
+            xy = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)
+            return xy[:, :-1], xy[:, 1:]
+        starts = train_windows(len(self.tokens["train"]), block_size, seed, i * batch_size, batch_size)
+        return load_batch(self.tokens["train"], starts, block_size, vocab_size, device)
 
-    def rest(self):
-        """Leave the memory of a CUDA device that is not in use to the others."""
+    def train(self, first, count):
+        """Take steps as train.py does; returns [(seconds, seconds to load data, loss, peak memory)]."""
+        records = []
+        for i in range(first, first + count):
+            start = time.perf_counter()
+            X, Y = self.get_batch(i)
+            data_seconds = time.perf_counter() - start
+            with self.autocast:
+                _, loss = self.forward(X, Y.contiguous(), **self.forward_options)
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = loss.item()  # waits for the device
+            seconds = time.perf_counter() - start
+            records.append((seconds, data_seconds, loss, gpt.peak_memory(device_type) or 0))
         if device_type == "cuda":
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # leave the memory to the other models
+        return records
 
-    def peak_memory(self):
-        return peak_memory(device_type)
+    def profile(self):
+        """Print the most expensive operations of five training steps, and write their trace."""
+        with torch.profiler.profile() as profiler:
+            self.train(0, 5)
+        sort_by = "self_cuda_time_total" if device_type == "cuda" else "self_cpu_time_total"
+        print(profiler.key_averages().table(sort_by=sort_by, row_limit=20, max_name_column_width=50))
+        os.makedirs("bench_log", exist_ok=True)
+        profiler.export_chrome_trace("bench_log/trace.json")
+        print("trace of five steps: bench_log/trace.json")
 
     def prepare_decoding(self, quantized):
-        """Set the model up for generation. Returns the bytes that a token reads of it."""
+        """Set the model up for generation; returns the bytes of weights that a step reads."""
         self.model.eval()
-        if self.name in ("classic", "transformers"):
+        if self.foreign:
             return sum(p.nbytes for p in self.model.parameters())
         if quantized:
-            self.model.quantize()
+            gpt.quantize(self.model)
         self.model.to(ptdtype)
         if compile:
-            self.model.compile_generation()
-        looked_up = {id(p) for p in self.model.looked_up()}
-        weights = itertools.chain(self.model.parameters(), self.model.buffers())
-        return sum(w.nbytes for w in weights if id(w) not in looked_up)
+            gpt.compile_generation(self.model)
+        embeddings = {id(weight) for weight in gpt.embedding_weights(self.model)}
+        weights = [*self.model.parameters(), *self.model.buffers()]
+        return sum(weight.nbytes for weight in weights if id(weight) not in embeddings)
 
+    @torch.no_grad()
     def generate(self, B, n):
-        """Seconds for n tokens of each of B sequences."""
+        """Generate n tokens of each of B sequences; returns the seconds."""
         prompt = torch.randint(vocab_size, (B, 1), device=device)
-        sync()
-        start = time.perf_counter()
-        with torch.no_grad():
-            if self.name == "transformers":
-                self.model.generate(prompt, max_new_tokens=n, min_new_tokens=n, do_sample=True, pad_token_id=0)
-            else:
-                self.model.generate(prompt, n)
-        sync()
-        return time.perf_counter() - start
+        options = {"max_new_tokens": n}
+        if self.name == "transformers":
+            options |= {"min_new_tokens": n, "do_sample": True, "pad_token_id": 0}
+        return measure_seconds(lambda: self.model.generate(prompt, **options))
 
     def perplexity(self):
-        """exp of the mean loss over windows spread over the validation split."""
-        starts = eval_windows(len(tokens["val"]), block_size, 20 * batch_size)
-        losses = []
-        with torch.no_grad():
-            for some in np.array_split(starts, math.ceil(len(starts) / batch_size)):
-                losses.append(self.model(*get_batch("val", some))[1].item() * len(some))
-        return math.exp(sum(losses) / len(starts))
+        """Return the perplexity over windows spread over the validation split."""
+        starts = eval_windows(len(self.tokens["val"]), block_size, 20 * batch_size)
+        batches = np.array_split(starts, math.ceil(len(starts) / batch_size))
+        batches = (load_batch(self.tokens["val"], batch, block_size, vocab_size, device) for batch in batches)
+        # return_logits=False does not support int8 weights
+        loss, count = gpt.sum_losses(lambda X, Y, return_logits: self.model(X, Y), batches)
+        return math.exp(loss / count)
 
 
-if contender:  # answer, line by line, what the process that started this one asks
-    answers, sys.stdout = sys.stdout, sys.stderr
-    me = Contender(contender)
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        function, *args = loads(line)
-        print(dumps(getattr(me, function)(*args)), file=answers, flush=True)
-    sys.exit()
-
-
-class Elsewhere:
-    """A Contender in a process of its own: its functions are asked for by name."""
-
-    def __init__(self, name):
-        command = [sys.executable, __file__, *sys.argv[1:]]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen(command, env={**os.environ, "PLAINGPT_CONTENDER": name}, **pipes)
-
-    def answer(self):
-        if not (line := self.process.stdout.readline()):
-            sys.exit(self.process.wait())  # it has said why
-        return line
-
-    def __getattr__(self, function):
-        def ask(*args):
-            self.process.stdin.write(dumps([function, *args]) + "\n")
-            self.process.stdin.flush()
-            return loads(self.answer())
-
-        return ask
-
-
-def memory_bandwidth():
-    """Bytes per second that the device reads, at best of five sums over 1 GiB."""
-    ones, times = torch.ones(1 << 28, device=device), []
-    for _ in range(6):
-        sync()
-        start = time.perf_counter()
-        ones.sum()
-        sync()
-        times.append(time.perf_counter() - start)
-    return ones.nbytes / min(times)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made under it and still there: live now, peak at most."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.live, self.peak, self.seen = 0, 0, {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        made = function(*args, **(kwargs or {}))
-        for storage in (t.untyped_storage() for t in tree_leaves(made) if isinstance(t, torch.Tensor)):
-            if storage._cdata not in self.seen:
-                self.seen.add(storage._cdata)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return made
-
-    def forget(self, identity, size):
-        self.seen.discard(identity)
-        self.live -= size
-
-
-def activation_bytes(sharded):
-    """The most that a micro-batch takes beside weights and gradients, found by training on tensors without numbers."""
-    with FakeTensorMode(), torch.device(device):
-        model = build(settings)
-        for p in model.transformer.h.parameters() if sharded else ():
-            p.data = p.data.to(ptdtype)  # as they are gathered; otherwise autocast keeps such copies of all
-        for p in model.parameters():
-            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-        X = torch.zeros(batch_size, block_size, dtype=torch.long)
-        with LiveBytes(model.parameters()) as count:
-            with autocast:
-                _, loss = model(X, X, return_logits=False)
-            loss.backward()
-    return count.peak
-
-
-def print_plan(n):
-    """What each of n processes needs in memory and sends (and receives as much) in a step: {what: bytes with DDP, with
-    FSDP}."""
-    with torch.device("meta"):
-        model = build(settings)
-    total = sum(p.numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.transformer.h[0].parameters())
-    blocks = block * len(model.transformer.h)
-    rest, size, micro_steps = total - blocks, ptdtype.itemsize, gradient_accumulation_steps // n
-    rows = {  # bytes with DDP, bytes with FSDP
-        "weights, float32": (4 * total, 4 * total / n),
-        "gradients, float32": (4 * total, 4 * total / n),
-        "AdamW's two moments, float32": (8 * total, 8 * total / n),
-        # embeddings and their gradients; two blocks, and the gradients of one, in float32 to be summed up
-        "gathered for the moment": (0, 8 * rest + 2 * size * block + (4 + size) * block),
-        "activations and copies": (activation_bytes(False), activation_bytes(True)),
-    }
-    rows["memory together"] = [sum(column) for column in zip(*rows.values(), strict=True)]
-    # gradients are summed and handed out again once a step; or weights gathered forward and backward, gradients summed
-    # and kept apart, in every micro-step
-    once = (n - 1) / n
-    sharded = micro_steps * once * (2 * size * blocks + 4 * rest + 4 * total)
-    rows["sent a step"] = (2 * once * 4 * total, sharded)
-    print(
-        f"{total / 1e6:.2f}M parameters, {n} processes, {micro_steps} x {batch_size} x {block_size} tokens a step each"
-    )
-    print(f"{'GiB, each process':<30}{'DDP':>10}{'FSDP':>10}")
-    for name, (ddp, fsdp) in rows.items():
-        print(f"{name:<30}{ddp / 2**30:10.3f}{fsdp / 2**30:10.3f}")
-    flops = model.flops_per_token(block_size) * block_size * batch_size * micro_steps
-    time_on_h100 = flops / (GPU_TFLOPS["H100"] * 1e12 / 2)
-    print(f"computed a step: {flops / 1e12:.4g} TFLOP, {time_on_h100:.3g} s at half of an H100's peak")
-    print(
-        f"host memory: {4 * total / 2**30:.3f} GiB each at the start; "
-        f"{12 * total / 2**30:.3f} GiB in the main process while a checkpoint is written"
-    )
-    return rows
+def measure_seconds(function):
+    """Return the seconds that a function takes on the device."""
+    synchronize = torch.get_device_module(device).synchronize
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start
 
 
 # -----------------------------------------------------------------------------
-if plan:
+# processes: one model runs in this process, several in a worker each, as their users run them
+
+runner = None  # the Runner of this process
+workers = {}  # {name: executor with one process}
+
+
+def start_runner(name, settings):
+    """Build a model in this process; returns describe()."""
+    global runner
+    globals().update(settings)
+    pick_device(device, dtype, tuned=name not in FOREIGN)
+    runner = Runner(name)
+    return runner.specs
+
+
+def call_runner(method, *args):
+    return method(runner, *args)
+
+
+def call(name, method, *args):
+    """Call a method of a model's Runner, in its process."""
+    if not workers:
+        return call_runner(method, *args)
+    try:
+        return workers[name].submit(call_runner, method, *args).result()
+    except BrokenExecutor:
+        fail(f"the process of {name} was killed, probably for lack of memory: lower --batch_size")
+
+
+def start_worker():
+    """Tie this worker to the main process: end when it ends, and quietly at Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+# -----------------------------------------------------------------------------
+# training and decoding
+
+
+def report(kind, name, row):
+    """Print a row, plainGPT's below a header, and store it."""
+    results[f"{kind} {name}"] = row
+    ratio = results[f"{kind} plainGPT"]["tokens_per_second"] / row["tokens_per_second"]
+    titles = [f"{key:>9}" for key in row]
+    cells = [f"{value:{max(9, len(key))},.6g}" for key, value in row.items()]
+    if name == "plainGPT":
+        print(f"{kind:<16}", *titles, "plainGPT / this")
+    else:
+        results[f"{kind} plainGPT / {name}"] = ratio
+    print(f"  {name:<14}", *cells, f"{ratio:15.2f}")
+
+
+def time_training(names):
+    """Train the models in turns."""
+    # the first step compiles, and is not timed
+    records = {name: call(name, Runner.train, 0, 1) for name in names}
+    start = time.perf_counter()
+    i, turn = 1, 1  # next step, steps per turn
+    while i <= steps and (i <= 3 or time.perf_counter() - start < seconds):
+        for name in names:
+            records[name] += call(name, Runner.train, i, turn)
+        i += turn
+        # about half a second per turn, so that threads and caches warm up again
+        turn = max(1, min(int(0.5 / records[name][-1][0]), steps + 1 - i))
+
+    peak, source = gpt.peak_flops(device, ptdtype)
+    print(f"\ntraining, {batch_size} x {block_size} tokens per step, median of {i - 1} steps")
+    print(f"peak: {peak / 1e12:.3g} TFLOP/s, {source}" if peak else source)
+    for name in names:
+        times, data_times, losses, memory = np.array(records[name][1:]).T
+        dt = np.median(times)
+        speed = batch_size * block_size / dt
+        row = {"ms": dt * 1e3, "steps_per_second": 1 / dt, "tokens_per_second": speed}
+        if peak:
+            row["mfu"] = specs[name]["flops_per_token"] * speed / peak
+        row["data_share"] = data_times.sum() / times.sum()
+        row["first_loss"] = records[name][0][2]
+        row["loss"] = losses[-max(1, len(losses) // 10) :].mean()
+        row["peak_memory"] = memory[-1]
+        report("train", name, row)
+
+
+def memory_bandwidth():
+    """Return the bytes per second that the device reads, the best of six sums of 1 GiB."""
+    ones = torch.ones(1 << 28, device=device)
+    return ones.nbytes / min(measure_seconds(ones.sum) for _ in range(6))
+
+
+@functools.cache  # nanoGPT is measured once
+def time_generation(kind, name, B):
+    """Return the tokens per second of generating B sequences."""
+    call(name, Runner.generate, B, 8 if name == "classic" else decode_tokens)  # compiles
+    return B * decode_tokens / call(name, Runner.generate, B, decode_tokens)
+
+
+def time_decoding(kind, names, bandwidth):
+    """Generate with the models, for each batch size."""
+    weight_bytes = {name: call(name, Runner.prepare_decoding, kind == "int8 decode") for name in names}
+    for batch in map(int, decode_batch.split(",")):
+        for name in names:
+            # without a KV cache nanoGPT is fastest with one sequence after another
+            B = 1 if name == "classic" else batch
+            speed = time_generation(kind, name, B)
+            # a step reads all weights, and the part of the cache that is filled, half of it on average
+            cache_bytes = specs[name]["cache_bytes_per_token"] * decode_tokens / 2
+            bound = B * bandwidth / (weight_bytes[name] + B * cache_bytes)
+            row = {"tokens_per_second": speed, "bound": bound, "share_of_bound": speed / bound}
+            report(f"{kind} {batch}", name, row)
+
+
+# -----------------------------------------------------------------------------
+# start and end
+
+if __name__ == "__main__":
+    # build the models
     with usage_errors():
-        rows = print_plan(plan)
+        if len(models) == 1:
+            configurator.exit_quietly_on_closed_pipe()
+            specs = {"plainGPT": start_runner("plainGPT", config)}
+        else:
+            sys.argv = sys.argv[:1]  # workers get the settings from start_runner()
+            options = dict(mp_context=multiprocessing.get_context("spawn"), initializer=start_worker)
+            workers = {name: ProcessPoolExecutor(1, **options) for name in models}
+            started = {name: workers[name].submit(start_runner, name, models[name]) for name in models}
+            specs = {name: future.result() for name, future in started.items()}
+    results = {"device": device_line, "dtype": dtype, "compile": compile, "torch": torch.__version__}
+    results |= {"batch_size": batch_size, "models": specs}
+    ours = [name for name in models if name not in FOREIGN]
+    for name in ours:
+        cache = specs[name]["cache_bytes_per_token"]
+        print(f"{name}: {specs[name]['parameters'] / 1e6:.2f}M parameters, KV cache {cache:,} bytes per token")
+
+    # measure
+    if steps:
+        time_training([name for name in models if name != "transformers"])
+    if profile:
+        call("plainGPT", Runner.profile)
+    if decode_tokens:
+        bandwidth = memory_bandwidth()
+        print(f"\ngenerating {decode_tokens} tokens in {dtype}; memory bandwidth {bandwidth / 1e9:.1f} GB/s")
+        time_decoding("decode", models, bandwidth)
+    if decode_tokens and int8:
+        before = {name: call(name, Runner.perplexity) for name in ours if real_data}
+        time_decoding("int8 decode", ours, bandwidth)
+        for name, value in before.items():
+            after = call(name, Runner.perplexity)
+            results[f"int8 perplexity {name}"] = {dtype: value, "int8": after}
+            print(f"{name}: perplexity {value:.4f}, with int8 weights {after:.4f} ({after / value - 1:+.3%})")
+
     if json:
         with usage_errors(), open(json, "w", encoding="utf-8") as f:
-            dump(rows, f, indent=1)
-    sys.exit()
-
-contenders = {name: (Elsewhere if len(names) > 1 else Contender)(name) for name in names}
-for other in contenders.values() if len(names) > 1 else ():
-    other.answer()  # that it is ready
-ours = [name for name in names if name not in ("classic", "transformers")]
-results = {"device": device_line, "dtype": dtype, "compile": compile, "torch": torch.__version__}
-results |= {"batch_size": batch_size, "models": {name: contenders[name].describe() for name in ours}}
-for name, model in results["models"].items():
-    count, cache = model["parameters"], model["cache_bytes_per_token"]
-    print(f"{name}: {count / 1e6:.2f}M parameters, KV cache {cache:,} bytes a token")
-
-
-def compare_with_first(kind):
-    """Print how the tokens per second of the other contenders compare with ours."""
-    first, *others = (name for name in names if f"{kind} {name}" in results)
-    for name in others:
-        ratio = results[f"{kind} {first}"]["tokens_per_second"] / results[f"{kind} {name}"]["tokens_per_second"]
-        results[f"{kind} {first} / {name}"] = ratio
-        print(f"  {first} / {name}: {ratio:.2f}")
-
-
-if steps > 0:
-    learners = [name for name in names if name != "transformers"]
-    first_losses, (times, data_times, losses) = {}, ({name: [] for name in learners} for _ in range(3))
-    for name in learners:
-        first_losses[name] = contenders[name].train(0)[-1]
-        contenders[name].rest()
-    begin, i, turn = time.perf_counter(), 0, 1
-    while i < steps and (i < 3 or time.perf_counter() - begin < seconds):
-        for name in learners:
-            for step in range(i + 1, min(i + turn, steps) + 1):
-                for column, value in zip((times, data_times, losses), contenders[name].train(step), strict=True):
-                    column[name].append(value)
-            contenders[name].rest()
-        i = min(i + turn, steps)
-        turn = max(1, int(0.5 / times[name][-1]))  # half a second: time to get its threads and its cache back
-    peak, source = peak_flops(device, ptdtype)
-    print(
-        f"training, {batch_size} x {block_size} tokens a step, median of {i} steps; "
-        f"peak: {f'{peak / 1e12:.3g} TFLOP/s, ' if peak else ''}{source}"
-    )
-    for name in learners:
-        dt = statistics.median(times[name])
-        row = {"ms": dt * 1e3, "steps_per_second": 1 / dt, "tokens_per_second": batch_size * block_size / dt}
-        flops = results["models"].get(name, results["models"]["plainGPT"])["flops"]
-        row |= {"mfu": peak and flops * row["tokens_per_second"] / peak, "peak_memory": contenders[name].peak_memory()}
-        row["data_share"] = sum(data_times[name]) / sum(times[name])
-        row |= {"first_loss": first_losses[name], "loss": statistics.mean(losses[name][-max(1, i // 10) :])}
-        results[f"train {name}"] = row
-        print(
-            f"  {name:<12} {row['ms']:9.2f} ms a step, {row['steps_per_second']:.2f} it/s, "
-            f"{row['tokens_per_second']:9,.0f} tokens/s" + (f", MFU {row['mfu']:.1%}" if peak else "")
-            + f", data {row['data_share']:.1%}, loss {row['first_loss']:.4f} -> {row['loss']:.4f}"
-            + (f", peak memory {row['peak_memory'] / 2**30:.2f} GiB" if row["peak_memory"] else "")
-        )  # fmt: skip
-    compare_with_first("train")
-
-if profile:
-    with usage_errors():
-        os.makedirs("bench_log", exist_ok=True)
-    with torch.profiler.profile() as profiler:
-        for i in range(5):
-            contenders["plainGPT"].train(i)
-    sort_by = f"self_{'cuda' if device_type == 'cuda' else 'cpu'}_time_total"
-    print(profiler.key_averages().table(sort_by=sort_by, row_limit=20, max_name_column_width=50))
-    profiler.export_chrome_trace(os.path.join("bench_log", "trace.json"))
-    print("trace of five steps: bench_log/trace.json")
-
-if decode_tokens > 0:
-    bandwidth = memory_bandwidth()
-    print(f"generating {decode_tokens} tokens in {dtype}; the memory reads {bandwidth / 1e9:.1f} GB/s")
-    perplexities = {name: [] for name in ours if tokens and int8}
-    for kind in ("decode", *(["int8 decode"] if int8 else [])):
-        players = names if kind == "decode" else ours
-        size = {name: contenders[name].prepare_decoding(kind != "decode") for name in players}
-        classic_row = None
-        for B in map(int, decode_batch.split(",")):
-            for name in players:
-                # nanoGPT has no cache for a batch to share: one sequence after another is what it does best
-                row = classic_row if name == "classic" else None
-                if not row:
-                    contenders[name].generate(B, 8 if name == "classic" else decode_tokens)  # compiles
-                    rate = B * decode_tokens / contenders[name].generate(B, decode_tokens)
-                    cached = results["models"].get(name, results["models"]["plainGPT"])["cache_bytes_per_token"]
-                    read = size[name] + B * cached * decode_tokens / 2  # bytes a step: weights, and the cache so far
-                    row = {"tokens_per_second": rate, "bound": B * bandwidth / read}
-                    classic_row = row if name == "classic" else classic_row
-                results[f"{kind} {B} {name}"] = row
-                rate, bound = row.values()
-                share = f"{rate / bound:.0%} of the bound {bound:,.1f}"
-                print(f"  {name:<12} {kind[:-6]}{B:3} at once {rate:9,.1f} tokens/s, {share}")
-            compare_with_first(f"{kind} {B}")
-        for name in perplexities:
-            perplexities[name].append(contenders[name].perplexity())
-    for name, (before, after) in perplexities.items():
-        results[f"int8 perplexity {name}"] = {dtype: before, "int8": after}
-        print(f"  {name}: perplexity {before:.4f}, with int8 weights {after:.4f} ({after / before - 1:+.3%})")
-
-if json:
-    with usage_errors(), open(json, "w", encoding="utf-8") as f:
-        dump(results, f, indent=1)
-    print(f"results: {json}")
+            dump(results, f, indent=1)
+        print(f"results: {json}")

@@ -1,125 +1,181 @@
 """
-What the settings are. A script's settings are its own globals; config files and flags override them, in order:
+How a script starts and ends: settings, device, processes, signals, errors.
+
+A script's settings are the globals at its top. Config files and flags override them, in the order given:
 
     python train.py config/train_shakespeare_char.py --batch_size=32 compile=False --device cpu --eval_only
 
-Config files are Python and are run as such: they may import, compute and refer to earlier settings. Flags are literals.
-Both are checked: an unknown name or a value of another type is an error that names the nearest setting.
+Config files are Python: they may import, compute, and use the settings before them. Flags are literals. The names and
+types of both are checked, and a mistake is answered with the closest setting.
 """
 
 import ast
 import contextlib
 import ctypes
+import datetime
 import difflib
 import errno
 import glob
 import math
 import os
 import re
+import shutil
 import signal
 import sys
+import time
 import tokenize
 
 import torch
+import torch.distributed as dist
+
+# -----------------------------------------------------------------------------
+# errors
+
+
+def first_line(error):
+    """Return the first line of an exception's message, or its type.
+
+    Example: ValueError("a\\nb") -> "a"
+    """
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def fail(message):
-    """Say in one line what is wrong and what to do, and exit with 2, the code for wrong usage."""
+    """Print one line that says what is wrong and what to type, and exit with 2 (wrong usage)."""
     print("error:", " ".join(str(message).split()), file=sys.stderr)
     sys.exit(2)
 
 
 @contextlib.contextmanager
 def usage_errors():
-    """Turn what the model and the data have to say of wrong input (ValueError, OSError), and what PyTorch says of sizes
-    that do not fit into memory (RuntimeError and others), into fail()'s one line."""
+    """Turn errors about input and memory into fail()'s one line."""
     try:
         yield
     except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as e:
-        first_line = str(e).strip().split("\n")[0] or type(e).__name__
-        fail(f"{e.strerror}: {e.filename}" if isinstance(e, OSError) and e.filename else first_line)
+        is_file_error = isinstance(e, OSError) and e.filename
+        fail(f"{e.strerror}: {e.filename}" if is_file_error else first_line(e))
 
 
-def last_words(kind, error, trace):
-    """sys.excepthook of the scripts: Ctrl-C exits with 130, too little memory or disk with one line and 2. All else is
-    a mistake in the code, and Python shows where."""
+def report_error(kind, error, trace):
+    """Serve as sys.excepthook: one line for Ctrl-C and lack of memory or disk space, a traceback for bugs."""
     if kind is KeyboardInterrupt:
         print(file=sys.stderr)
         sys.exit(130)
     if issubclass(kind, OSError) and error.errno == errno.ENOSPC:
         fail(error)
-    if issubclass(kind, MemoryError) or re.search("out of memory|allocate", str(error).partition("\n")[0]):
-        reason = ". ".join(str(error).split("\n")[0].split(". ")[:2])
+    if issubclass(kind, MemoryError) or re.search("out of memory|allocate", first_line(error)):
+        reason = ". ".join(first_line(error).split(". ")[:2])
         fail(f"out of memory ({reason}): lower --batch_size, --block_size, the model or, in sample.py, --num_samples")
     sys.__excepthook__(kind, error, trace)
 
 
-# variables of the environment, and the settings whose defaults they change
+def print0(text, progress=False):
+    """Print on rank 0. On a terminal the next text replaces a progress line."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    end = "\n"
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        text = "\r".ljust(width + 1) + "\r" + (text[:width] if progress else text)
+        end = "" if progress else "\n"
+    with contextlib.suppress(OSError):  # a closed terminal or pipe does not end a run
+        print(text, end=end, flush=True)
+
+
+def exit_quietly_on_closed_pipe():
+    """Let `script | head` end the script without a traceback."""
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+# -----------------------------------------------------------------------------
+# settings
+
+# environment variables that change defaults
 ENVIRONMENT = {"WANDB_PROJECT": "wandb_project", "SAVE_INTERVAL": "save_interval", "MIXED_PRECISION": "dtype"}
-PRECISIONS = {"true": "auto", "yes": "auto", "1": "auto", "false": "float32", "no": "float32", "0": "float32"}
-PRECISIONS |= {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-def from_environment(defaults):
-    """{setting: value} of the ENVIRONMENT's variables that are set."""
-    found = {}
-    for variable, key in ENVIRONMENT.items():
-        if key in defaults and (text := os.environ.get(variable, "").strip()):
-            if key == "dtype" and text.lower() not in PRECISIONS:
-                fail(f"MIXED_PRECISION takes {', '.join(PRECISIONS)}, not {text!r}")
-            text = PRECISIONS[text.lower()] if key == "dtype" else text
-            found[key] = check(key, parse(text, defaults[key]), defaults[key], variable)
-    return found
+MIXED_PRECISION = {"true": "auto", "false": "float32", "no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def configure(script):
-    """Override a script's settings, given as its globals(), from sys.argv. Returns all of them as a dict, and the set
-    of the names that a file or a flag gave. Sets up how the script ends (last_words) and its standard streams.
+    """Override a script's settings, given as its globals(), from the environment and sys.argv.
 
-    A setting is a global with a lower-case name, no leading underscore, and an int, float, bool or str as its value.
+    Returns (settings as a dict, names set explicitly by a config file or a flag). A setting is a global with a
+    lower-case name, no leading underscore, and an int, float, bool or str as its value.
     """
-    sys.excepthook = last_words
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by whoever started the script
-            setattr(sys, name, open(os.devnull, mode))
-        if mode == "w" and hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="replace")  # a character that cannot be shown is a "?"
-    settings = {k: v for k, v in script.items() if k[0] != "_" and k.islower() and type(v) in (int, float, bool, str)}
-    defaults, given, args = dict(settings), set(), sys.argv[1:]
-    settings |= from_environment(defaults)
-    if {"--help", "-h"} & set(args):
+    sys.excepthook = report_error
+    repair_streams()
+    defaults = {k: v for k, v in script.items() if k[0] != "_" and k.islower() and type(v) in (int, float, bool, str)}
+    settings = defaults | read_environment(defaults)
+    args, explicit = sys.argv[1:], set()
+    if "--help" in args or "-h" in args:
         print_help(script, settings)
         sys.exit(0)
+
     while args:
         arg = args.pop(0)
-        if match := re.fullmatch(r"(?:--)?([A-Za-z][\w-]*)=(.*)", arg, re.DOTALL):
-            key, text = match[1].replace("-", "_"), match[2]
-        elif arg.startswith("-"):  # --key value, or --flag for a boolean
-            key = arg.lstrip("-").replace("-", "_")
-            if isinstance(defaults.get(key), bool) and not (args and args[0].lower() in ("true", "false")):
-                text = "True"
-            elif args and key in defaults and not args[0].startswith("--"):
-                text = args.pop(0)
-            else:
-                fail(f"{arg} needs a value: {arg}=..." if key in defaults else unknown(key or arg, defaults))
+        if arg.startswith("-") or "=" in arg:
+            values = read_flag(arg, args, defaults)
         else:
-            found = read_config(arg, {**script, **settings}, defaults)
-            settings.update(found)
-            given |= set(found)
-            continue
-        if key not in defaults:
-            fail(unknown(key, defaults))
-        settings[key] = check(key, parse(text, defaults[key]), defaults[key], f"--{key}")
-        given.add(key)
+            values = read_config(arg, script | settings, defaults)
+        settings |= values
+        explicit |= values.keys()
     script.update(settings)
-    changed = [f"{k}={v!r}" for k, v in settings.items() if k in given and v != defaults[k]]
+
+    changed = [f"{k}={v!r}" for k, v in settings.items() if k in explicit and v != defaults[k]]
     if changed and os.environ.get("RANK", "0") == "0":
         print("settings:", ", ".join(changed), file=sys.stderr)
-    return settings, given
+    return settings, explicit
+
+
+def repair_streams():
+    """Replace standard streams that are closed; print characters that a stream cannot encode as "?"."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+        elif mode == "w" and hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="replace")
+
+
+def read_environment(defaults):
+    """Return {setting: value} for the ENVIRONMENT variables that are set."""
+    values = {}
+    for variable, key in ENVIRONMENT.items():
+        text = os.environ.get(variable, "").strip()
+        if not text or key not in defaults:
+            continue
+        if key == "dtype":
+            if text.lower() not in MIXED_PRECISION:
+                fail(f"MIXED_PRECISION must be one of {', '.join(MIXED_PRECISION)}, got {text!r}")
+            text = MIXED_PRECISION[text.lower()]
+        values[key] = convert(key, parse(text, defaults[key]), defaults[key], variable)
+    return values
+
+
+def read_flag(arg, rest, defaults):
+    """Return {setting: value} for --key=value, key=value, --key value, or --key of a boolean.
+
+    Takes the value of `--key value` out of rest, the arguments that follow.
+    """
+    name, equals, text = arg.partition("=")
+    key = name.lstrip("-").replace("-", "_")
+    if key not in defaults:
+        fail(unknown_setting(key or arg, defaults))
+    if not equals:
+        is_flag = isinstance(defaults[key], bool)
+        if is_flag and not (rest and rest[0].lower() in ("true", "false")):
+            text = "True"
+        elif rest and not rest[0].startswith("--"):
+            text = rest.pop(0)
+        else:
+            fail(f"{arg} needs a value: {arg}=...")
+    return {key: convert(key, parse(text, defaults[key]), defaults[key], f"--{key}")}
 
 
 def parse(text, default):
-    """A flag's text as a value: a Python literal where one is expected, else the text itself."""
+    """Return a flag's text as a value: a Python literal, or the text itself where that is expected.
+
+    Example: "1e4", 100 -> 10000.0; "false", True -> False; "1e4", "out" -> "1e4"
+    """
     if isinstance(default, bool):
         return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
     if isinstance(default, str) and text[:1] not in ("'", '"'):
@@ -130,100 +186,146 @@ def parse(text, default):
         return text
 
 
-def check(key, value, default, where):
-    """The value as the default's type, or fail(). An int serves as a float, and 1e4 as an int."""
-    if type(default) is float and type(value) is int and abs(value) < 2**63:
+def convert(key, value, default, source):
+    """Return the value in the default's type, or fail(). An int may stand for a float, and 1e4 for an int.
+
+    Example: 1, 0.1 -> 1.0; 1e4, 100 -> 10000
+    """
+    kind = type(default)
+    if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
-    if type(default) is int and type(value) is float and value.is_integer():
+    if kind is int and type(value) is float and value.is_integer():
         value = int(value)
-    kind = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}[type(default)]
-    usable = abs(value) < 2**63 if type(value) is int else math.isfinite(value) if type(value) is float else True
-    if type(value) is not type(default) or not usable:
-        shown = repr(value)[:40] if type(value) is not int or usable else "one so large"
-        fail(f"{where}: {key} takes {kind} such as {default!r}, not {shown}")
+    if type(value) is int and abs(value) >= 2**63:
+        fail(f"{source}: {key} is too large")
+    if type(value) is not kind or kind is float and not math.isfinite(value):
+        expected = {int: "an integer", float: "a number", bool: "True or False", str: "text"}[kind]
+        fail(f"{source}: {key} must be {expected} such as {default!r}, got {value!r:.40}")
     return value
 
 
-def unknown(key, known):
+def unknown_setting(key, known):
     near = difflib.get_close_matches(key, known, n=1)
-    return f"unknown setting {key}" + (f"; did you mean {near[0]}?" if near else "; --help lists all")
+    return f"unknown setting {key}" + (f" (did you mean {near[0]}?)" if near else " (--help lists all)")
+
+
+class Assigned(dict):
+    """A namespace that records which names are assigned in it."""
+
+    def __init__(self, names):
+        super().__init__(names)
+        self.assigned = set()
+
+    def __setitem__(self, name, value):
+        self.assigned.add(name)
+        super().__setitem__(name, value)
 
 
 def read_config(path, namespace, defaults):
-    """Run a config file and return the settings that it assigns, checked.
+    """Run a config file; return the settings that it assigned or changed, checked.
 
-    Settings of train.py that the running script lacks are passed over, so that one file serves every script. Other
-    names are the file's own if it reads them itself or they start with an underscore; else they are mistakes.
+    Settings of train.py that the running script lacks are skipped, so that one file serves every script. Other names
+    are helper variables of the file, unless they look like a misspelled setting.
     """
     try:
         with open(path, "rb") as f:
             source = f.read()
     except FileNotFoundError:
         near = difflib.get_close_matches(path, glob.glob("config/*.py"), n=1, cutoff=0.3)
-        fail(f"no config file {path}" + (f"; did you mean {near[0]}?" if near else ""))
+        fail(f"no config file {path}" + (f" (did you mean {near[0]}?)" if near else ""))
     except OSError as e:
-        fail(f"config file {path}: {e.strerror}")
+        fail(f"cannot read config file {path}: {e.strerror}")
+    after = Assigned(namespace)
     try:
-        tree = ast.parse(source, path)
-        exec(compile(tree, path, "exec"), namespace)
+        exec(compile(source, path, "exec"), after)
     except KeyboardInterrupt:
         raise
-    except BaseException as e:  # a config file can fail in any way that Python can
+    except BaseException as e:  # SystemExit and RecursionError, too
         fail(f"{path}: {type(e).__name__}: {e}")
-    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    targets = [node.targets for node in ast.walk(tree) if isinstance(node, ast.Assign)]
-    targets += [[node.target] for node in ast.walk(tree) if isinstance(node, ast.AugAssign | ast.AnnAssign)]
-    names = {node.id for target in targets for part in target for node in ast.walk(part) if isinstance(node, ast.Name)}
-    assigned = names & set(namespace)  # without the local variables of functions
-    elsewhere = setting_lines(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
-    found = {key: check(key, namespace[key], defaults[key], path) for key in sorted(assigned & set(defaults))}
-    for key in sorted(assigned - set(defaults) - set(elsewhere)):
-        if key.startswith("_"):
-            continue
-        if key not in read:
-            fail(f"{path}: {unknown(key, defaults)}")
-        if near := difflib.get_close_matches(key, defaults, n=1, cutoff=0.8):
-            print(f"{path}: {key} is no setting ({near[0]} is), so it counts for this file alone", file=sys.stderr)
-    return found
+
+    # functions with `global` change values without an assignment in the namespace
+    changed = {name for name in defaults if after.get(name) is not namespace[name]} | after.assigned
+    train_settings = setting_lines(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
+    for name in sorted(changed - defaults.keys() - train_settings.keys()):
+        is_variable = isinstance(after.get(name), (int, float, str)) and not name.startswith("_")
+        near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.75)
+        if is_variable and near:
+            fail(f"{path}: unknown setting {name} (did you mean {near[0]}?); call a helper variable _{name}")
+    return {name: convert(name, after.get(name), defaults[name], path) for name in sorted(changed & defaults.keys())}
+
+
+def inherit(settings, given, saved, source):
+    """Take over the settings of a checkpoint, except those given; returns the changes as "name old -> new"."""
+    saved = {k: v for k, v in saved.items() if k in settings and type(v) in (int, float, bool, str)}
+    for name in saved.keys() - given:
+        settings[name] = convert(name, saved[name], settings[name], source)
+    ignored = {"init_from", "out_dir", "device", "backend", "eval_only"}
+    changed = [name for name in sorted(saved.keys() - ignored) if saved[name] != settings[name]]
+    return [f"{name} {saved[name]} -> {settings[name]}" for name in changed]
+
+
+def check_minimum(settings, minimum, *names):
+    """fail() if one of the named settings is below the minimum."""
+    for name in names:
+        if settings[name] < minimum:
+            fail(f"--{name} must be at least {minimum}, got {settings[name]}")
+
+
+def check_choice(settings, name, *choices):
+    """fail() if a setting is not one of the choices."""
+    if settings[name] not in choices:
+        fail(f"--{name} must be one of {', '.join(choices)}, got {settings[name]}")
+
+
+def match_model(settings, explicit, model_fields, init_from):
+    """Set the settings to what the model has; fail() if one that was set explicitly differs.
+
+    n_hidden=0 and n_kv_head=0 stand for values that follow from the other settings.
+    """
+    for name in settings.keys() & model_fields.keys():
+        wanted, actual = settings[name], model_fields[name]
+        is_derived = name in ("n_hidden", "n_kv_head") and wanted == 0
+        if name in explicit and wanted != actual and not is_derived:
+            fail(f"--{name}={wanted} was given, but the model of {init_from} has {actual}")
+        settings[name] = actual
+
+
+# -----------------------------------------------------------------------------
+# help
 
 
 def setting_lines(path):
-    """{name: (line number, default as written)} of the settings that stand at the top of a script."""
+    """Return {name: (line number, default as written)} of the settings at the top of a script."""
     with open(path, encoding="utf-8") as f:
         source = f.read()
-    lines, written = {}, source.encode().split(b"\n")  # ast.get_source_segment would split it for each
+    lines = source.encode().split(b"\n")
+    found = {}
     for node in ast.parse(source).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             break  # the call of configure()
         if isinstance(node, ast.Assign):
-            value = written[node.lineno - 1][node.value.col_offset : node.value.end_col_offset]
-            lines[node.targets[0].id] = (node.lineno, value.decode())
-    return lines
-
-
-def end_with_the_pipe():
-    """Let `script | head` end the script as it ends other programs, without a traceback."""
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            default = lines[node.lineno - 1][node.value.col_offset : node.value.end_col_offset]
+            found[node.targets[0].id] = (node.lineno, default.decode())
+    return found
 
 
 def print_help(script, settings):
-    """The script's docstring, then each setting with its default and its comment, read from the source."""
-    end_with_the_pipe()
+    """Print the script's docstring, then each setting with its default and its comment."""
+    exit_quietly_on_closed_pipe()
     with open(script["__file__"], "rb") as f:
         comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.tokenize(f.readline) if t.string[:1] == "#"}
     lines = setting_lines(script["__file__"])
-    print((script["__doc__"] or "").strip() + "\n\nsettings:")  # python -OO leaves it out
-    first, last = min(n for n, _ in lines.values()), max(n for n, _ in lines.values())
-    written = {number: f"  --{name}={default}" for name, (number, default) in lines.items()}
+    flags = {number: f"  --{name}={default}" for name, (number, default) in lines.items()}
     for variable, key in ENVIRONMENT.items():
         if key in lines:
             number, value = lines[key][0], os.environ.get(variable, "").strip()
-            written[number] = f"  --{key}={settings[key]!r}" if value else written[number]
-            comments[number] = f"{comments.get(number, '')} [env: {variable}{'=' * bool(value)}{value}]"
-    for number in range(first - 1, last + 1):
-        if number in written:
-            print(f"{written[number]:<42} {comments.get(number, '')}".rstrip())
+            flags[number] = f"  --{key}={settings[key]!r}" if value else flags[number]
+            comments[number] = f"{comments.get(number, '')} [env: {variable}{'=' + value if value else ''}]"
+
+    print((script["__doc__"] or "").strip() + "\n\nsettings:")
+    for number in range(min(flags) - 1, max(flags) + 1):
+        if number in flags:
+            print(f"{flags[number]:<42} {comments.get(number, '')}".rstrip())
         elif comments.get(number, "").strip("-"):
             print(f"\n{comments[number]}")
 
@@ -233,61 +335,66 @@ def print_help(script, settings):
 
 
 def pick_device(device="auto", dtype="auto", tuned=True):
-    """Resolve 'auto' to what this machine does best, and set PyTorch up for it; returns (device, dtype, what was
-    chosen and why, in a line).
+    """Resolve 'auto' to the best this machine has, and set up PyTorch for it.
 
-    device: cuda, cuda:1 ..., mps or cpu. dtype: float32, bfloat16 or float16, the type that matrix products are
-    computed in. tuned=False leaves PyTorch as it comes, to measure what others do with it. Exits with one line for a
-    device that is not here or a name that is none.
+    Returns (device, dtype, a line that says what was picked and why). device: cuda, cuda:1, mps or cpu; dtype: of
+    matrix products. tuned=False leaves the memory allocator as it is, to measure other programs.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = device.split(":")[0]
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        fail(f"dtype takes auto, float32, bfloat16 or float16, not {dtype!r}")
+        fail(f"--dtype must be one of auto, float32, bfloat16, float16, got {dtype}")
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device == "auto":
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"cuda(:\d{1,4})?|(mps|cpu)(:0)?", device):
-        fail(f"device takes auto, cuda, cuda:1, mps or cpu, not {device!r}")
-    if kind == "cuda":
-        if not torch.cuda.is_available():
-            fail(f"no CUDA GPU is usable from this PyTorch ({torch.__version__}): try --device=auto")
-        index = int(device.partition(":")[2] or 0)
-        if index >= torch.cuda.device_count():
-            fail(f"no {device} here: PyTorch sees {torch.cuda.device_count()} GPU(s), cuda:0 being the first")
-        device = f"cuda:{index}"
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        best, why = ("bfloat16", "native") if native else ("float16", "no bfloat16 before Ampere; loss is scaled")
-        name = torch.cuda.get_device_name(device)
-    elif kind == "mps":
+        fail(f"--device must be auto, cuda, cuda:1, mps or cpu, got {device}")
+
+    if device.startswith("cuda"):
+        best, reason, name = set_up_cuda(device)
+    elif device.startswith("mps"):
         if not torch.backends.mps.is_available():
-            fail("no Apple GPU is usable from this PyTorch: try --device=auto")
-        best, why, name = "float32", "half precision is unreliable on mps", "Apple GPU"
+            fail("this PyTorch cannot use an Apple GPU: try --device=auto")
+        best, reason, name = "float32", "half precision is unreliable on mps", "Apple GPU"
     else:
-        native = cpu_multiplies_bfloat16()
-        best, why = ("bfloat16", "AVX512-BF16 or AMX") if native else ("float32", "no fast bfloat16 on this CPU")
+        best, reason = ("bfloat16", "AVX512-BF16 or AMX") if has_fast_bfloat16() else ("float32", "no fast bfloat16")
         name = f"{torch.get_num_threads()} threads"
         if tuned:
             keep_freed_memory()
         if dtype == "float16":
-            dtype, best, why = "auto", "float32", "CPUs are slow in float16"
-    if dtype == "auto":
-        dtype = best
-    else:
-        why = "as asked"
-    return device, dtype, f"device {device} ({name}), dtype {dtype} ({why})"
+            dtype, best, reason = "auto", "float32", "CPUs are slow in float16"
+    if dtype != "auto":
+        best, reason = dtype, "as set"
+    return device, best, f"device {device} ({name}), dtype {best} ({reason})"
 
 
-def cpu_multiplies_bfloat16():
-    """Whether the CPU has instructions for bfloat16 products. Known on Linux, assumed absent elsewhere."""
+def set_up_cuda(device):
+    """Select a CUDA device; returns (best dtype, why, name of the GPU)."""
+    if not torch.cuda.is_available():
+        fail(f"this PyTorch ({torch.__version__}) cannot use a CUDA GPU: try --device=auto")
+    if int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        fail(f"no {device}: PyTorch sees {torch.cuda.device_count()} GPU(s), the first is cuda:0")
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")  # TF32
+    name = torch.cuda.get_device_name(device)
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16", "native", name
+    return "float16", "no bfloat16 before Ampere; the loss is scaled", name
+
+
+def has_fast_bfloat16():
+    """Return whether the CPU has instructions for bfloat16 products. Known on Linux, assumed absent elsewhere."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
-        return bool({"avx512_bf16", "amx_bf16"} & set(re.search(r"^flags.*", f.read() + "\nflags", re.M)[0].split()))
+        flags = re.search(r"^flags.*", f.read(), re.MULTILINE)
+        return bool(flags and {"avx512_bf16", "amx_bf16"} & set(flags[0].split()))
     return False
 
 
 def keep_freed_memory():
-    """Make glibc keep the memory of freed tensors. By default it returns large blocks to the kernel, which must then
-    clear them page by page when the next step asks for them again: up to a quarter of the time of a step."""
+    """Make glibc keep the memory of freed tensors.
+
+    By default it returns large blocks to the kernel, which has to clear them page by page when the next step
+    allocates them again: up to a quarter of the time per step.
+    """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         # M_MMAP_THRESHOLD is -3 and M_TRIM_THRESHOLD -1 in malloc.h; before glibc 2.35 the first was 32 MiB at most
@@ -296,11 +403,113 @@ def keep_freed_memory():
 
 
 def can_compile(device):
-    """Try torch.compile on one addition; says in one line why not where it cannot work (no C++ compiler, Windows)."""
+    """Try torch.compile on one addition; print one line if it fails (no C++ compiler, Windows)."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
         return True
-    except Exception as e:  # compilers fail in more ways than can be listed
-        reason = f"{type(e).__name__}: {str(e).strip().splitlines()[0][:120]}"
-        print(f"compile=False: torch.compile does not work here ({reason})", file=sys.stderr)
+    except Exception as e:
+        print(f"compile=False: torch.compile does not work here ({first_line(e):.120})", file=sys.stderr)
         return False
+
+
+# -----------------------------------------------------------------------------
+# processes and signals
+
+
+def read_ranks():
+    """Return (rank, local rank, world size) as torchrun sets them; (0, 0, 1) without torchrun."""
+    if "RANK" not in os.environ:
+        return 0, 0, 1
+    try:
+        return tuple(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    except (KeyError, ValueError) as e:
+        fail(f"RANK is set, but LOCAL_RANK or WORLD_SIZE is not ({e}): use torchrun, or unset RANK")
+
+
+def join_processes(device, backend, timeout):
+    """Initialize the process group of torchrun; timeout of collectives in seconds."""
+    rank, _, world_size = read_ranks()
+    if backend == "auto":
+        backend = "nccl" if device.startswith("cuda") and dist.is_nccl_available() else "gloo"
+    timeout = datetime.timedelta(seconds=timeout)
+
+    # one torchrun keeps one store over all restarts: restarted ranks must not find the old addresses in it
+    env = os.environ.get
+    one_node = env("GROUP_WORLD_SIZE") == "1"
+    fresh_store = one_node or env("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
+    if env("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not fresh_store:
+        fail("--max-restarts on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on each")
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        if one_node:
+            store = dist.PrefixStore(f"restart {env('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        device_id = torch.device(device) if backend == "nccl" else None
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+        )
+    except (RuntimeError, ValueError, OSError) as e:
+        fail(f"cannot initialize the process group ({first_line(e)}): set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME")
+    name_missing_ranks(store, rank, world_size)
+
+
+def name_missing_ranks(store, rank, world_size):
+    """When a collective fails, print which rank does not respond, instead of a traceback."""
+
+    def report_missing(kind, error, trace):
+        if issubclass(kind, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE):
+            with contextlib.suppress(RuntimeError):  # the store may be gone, too
+                store.set(f"failed {rank}", "")
+                time.sleep(3)  # ranks that respond fail at the same time
+                missing = [str(r) for r in range(world_size) if not store.check([f"failed {r}"])]
+                if missing:
+                    print(f"error: rank {', '.join(missing)} of {world_size} does not respond", file=sys.stderr)
+                    return
+        report_error(kind, error, trace)
+
+    sys.excepthook = report_missing
+
+
+def sum_over_ranks(values, device):
+    """Return the sums of a list of numbers over all ranks, which must all call it."""
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def any_rank(flag, device):
+    """Return whether the flag is set on any rank; all ranks must call it."""
+    return sum_over_ranks([float(bool(flag))], device)[0] > 0
+
+
+class StopSignal:
+    """Note SIGINT, SIGTERM or SIGHUP, so that the step can be finished; a second one exits at once."""
+
+    def __init__(self):
+        self.received = 0  # number of the signal
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP, and nohup ignores it
+            if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+                signal.signal(number, self.handle)
+
+    def handle(self, number, frame):
+        by_torchrun = dist.is_initialized()  # it repeats signals, and kills after its --shutdown-timeout
+        if self.received and not by_torchrun:
+            os._exit(128 + number)
+        if not self.received and os.environ.get("RANK", "0") == "0":
+            again = "" if by_torchrun else "; again to exit at once"
+            with contextlib.suppress(OSError):  # print() is not safe in a signal handler
+                os.write(2, f"\nfinishing the step, then saving{again}\n".encode())
+        self.received = self.received or number
+
+
+def exit_now(code, distributed):
+    """Flush and exit; torchrun's ranks without Python's shutdown, in which gloo's threads sometimes abort."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # a closed pipe: Python would exit with a code of its own
+        sys.stdout = None
+    if distributed:
+        os._exit(code)
+    sys.exit(code)

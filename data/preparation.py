@@ -1,345 +1,315 @@
 """
-From documents to a dataset: what the prepare scripts share.
+Turn documents into a dataset folder: what the prepare scripts share.
 
     with prepare_script(__doc__, *CORPUS) as args:
         write_dataset(folder, Files({None: [args.input]}, args), args, source="where the text is from")
 
-Documents are read one after another, encoded on all cores and written in their order; no more than some batches of them
-are ever in memory. The same input gives the same files, on however many cores and after however many interruptions:
-what is written, and where to read on, stands in preparing.json until all is there.
-
-The encoders are Rust and C++ that let Python's other threads run, so threads use all cores, alike on every system.
+Documents are read in sequence, tokenized by threads (tokenizers are Rust and C++ code that releases the GIL) and
+written in the same order. Memory use does not grow with the corpus. The same input gives the same files, for any number
+of threads and interruptions: preparing.json says what has been written, until the dataset is complete.
 """
 
 import argparse
 import collections
 import contextlib
+import dataclasses
+import functools
 import glob
 import hashlib
-import http.client
 import itertools
 import json
+import math
 import os
 import re
 import sys
 import time
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from tqdm import tqdm
 
 from data.documents import PIECE, passages
-from data.shards import PREPARING, Dataset, FolderLock, Tokens, read_json
+from data.shards import PREPARING, Dataset, FolderLock, Tokens, read_json, read_meta
 from data.tokenizer import from_description, from_name
 
 # -----------------------------------------------------------------------------
-# the frame of a prepare.py
+# the command line of a prepare.py
 
 OPTIONS = {  # name: (default, help)
-    "inputs": ([], "files, folders and 'patterns*' to read; - for standard input"),
-    "input": ("", "file, folder or 'pattern*' to read instead of the download, in the same format or another"),
-    "name": ("", "folder in data/ to write to"),
-    "tokenizer": (
-        "gpt2",
-        "char, bpe:8192, gpt2, a tokenizer.json, a .model, a dataset's folder, a model's folder or name",
-    ),
-    "column": ("text", "where the text is in jsonl, csv and parquet"),
-    "format": ("", "txt, jsonl, csv, tsv or parquet, for names that do not end so"),
+    "inputs": ([], "files, folders and 'patterns*' to read; -: standard input"),
+    "input": ("", "file, folder or 'pattern*' to read instead of the download"),
+    "name": ("text", "folder in data/ to write to"),
+    "tokenizer": ("gpt2", "char, bpe:8192, gpt2, x.json, x.model, dataset, model or Hub name [env: TOKENIZER]"),
+    "column": ("text", "column of jsonl, csv, tsv and parquet files that contains the text"),
+    "format": ("", "txt, jsonl, csv, tsv or parquet, for files with other endings"),
     "val_share": (0.1, "share of the documents for validation, chosen by a hash of their text"),
-    "num_samples": (0, "documents to take; 0: all"),
-    "max_bad": (0.01, "share of rows or of bytes that may be unreadable; those are left out and counted"),
-    "shard_tokens": (0, "tokens in a file, train_000000.bin and so on; 0: one train.bin"),
-    "workers": (0, "threads; 0: one a core"),
-    "force": (False, "replace what the folder holds"),
+    "num_samples": (0, "documents to read; 0: all"),
+    "max_bad": (0.01, "largest share of unreadable rows or bytes; they are left out and counted"),
+    "shard_tokens": (0, "tokens per file, train_000000.bin and so on; 0: a single train.bin"),
+    "workers": (0, "threads; 0: one per core"),
+    "force": (False, "overwrite the dataset in the folder"),
 }
 CORPUS = ("tokenizer", "column", "val_share", "num_samples", "max_bad", "shard_tokens", "workers")
 
 
 @contextlib.contextmanager
 def prepare_script(doc, *names, **defaults):
-    """What a prepare.py runs in. Yields all OPTIONS; those named, those given with another default and any further ones
-    given are flags of its command line, with --force and --help, which prints doc. OSError and ValueError end it with
-    one line and exit code 2, the code for wrong usage, Ctrl-C with 130."""
+    """Run the body of a prepare.py: yield all OPTIONS, as set on the command line.
+
+    names: options that are flags of this script, in addition to --force
+    defaults: flags with another default, or of this script only
+    OSError and ValueError end it with one line and exit code 2, Ctrl-C with 130.
+    """
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names can contain anything
+    try:
+        yield parse_args(doc, names, defaults)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to resume", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError) as e:
+        print("error:", " ".join(str(e).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_args(doc, names, defaults):
+    """Parse the command line. Raise ValueError for wrong usage."""
+
+    def fail(message):
+        raise ValueError(f"{message}; see --help")
+
+    # add the flags
     options = {name: default for name, (default, _) in OPTIONS.items()} | defaults
     options["tokenizer"] = os.environ.get("TOKENIZER") or options["tokenizer"]
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False)
+    parser.error = fail
     for name in dict.fromkeys((*defaults, *names, "force")):
-        default, text = options[name], OPTIONS.get(name, ("", ""))[1]
-        text += f" ({default})" * (default not in ("", [], False)) + " [env: TOKENIZER]" * (name == "tokenizer")
+        default = options[name]
+        _, text = OPTIONS.get(name, (None, ""))
         if isinstance(default, list):
             parser.add_argument(name, nargs="*", help=text)
         elif isinstance(default, bool):
             parser.add_argument(f"--{name}", action="store_true", help=text)
         else:
+            text += f" (default: {default})" if default else ""
             parser.add_argument(f"--{name}", type=type(default), default=default, help=text, metavar="...")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # names of files and columns may be anything
-
-    def complain(message):
-        print(f"error: {message}; --help lists what there is", file=sys.stderr)
-        sys.exit(2)
-
-    parser.error = complain
     args = argparse.Namespace(**options | vars(parser.parse_intermixed_args()))
-    try:
-        if not 0 < args.val_share < 1 or not 0 <= args.max_bad <= 1:
-            raise ValueError("--val_share and --max_bad are shares: numbers between 0 and 1")
-        if "name" in defaults and (os.path.basename(args.name) != args.name or args.name in ("", ".", "..")):
-            raise ValueError(f"--name is that of a folder in data/, not {args.name!r}")
-        if min(args.num_samples, args.shard_tokens, args.workers) < 0:
-            raise ValueError("--num_samples, --shard_tokens and --workers must not be negative")
-        yield args
-    except KeyboardInterrupt:
-        print("interrupted: the same command carries on", file=sys.stderr)
-        sys.exit(130)
-    except (OSError, ValueError) as e:
-        named = isinstance(e, OSError) and e.filename and e.strerror
-        print("error:", f"{e.strerror}: {e.filename}" if named else " ".join(str(e).split()), file=sys.stderr)
-        sys.exit(2)
 
-
-def download(url, path, sha256):
-    """Fetch url into path, which appears when all of it is there and its checksum is right. OSError otherwise."""
-    digest, temporary = hashlib.sha256(), path + ".tmp"
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response, open(temporary, "wb") as f:
-            size = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=size, unit="B", unit_scale=True, desc="downloading") as bar:
-                while chunk := response.read(1 << 16):
-                    f.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-        if digest.hexdigest() != sha256:
-            raise OSError(f"its sha256 is not {sha256}")
-        os.replace(temporary, path)
-    except (OSError, http.client.HTTPException) as e:
-        raise OSError(
-            f"cannot download ({e or type(e).__name__}): fetch {url} elsewhere and save it as {path}"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+    # refuse values without a meaning
+    if not 0 < args.val_share < 1:
+        fail(f"--val_share={args.val_share} is not between 0 and 1")
+    if not 0 <= args.max_bad <= 1:
+        fail(f"--max_bad={args.max_bad} is not between 0 and 1")
+    if min(args.num_samples, args.shard_tokens, args.workers) < 0:
+        fail("--num_samples, --shard_tokens and --workers must not be negative")
+    if os.path.basename(args.name) != args.name or args.name in ("", ".", ".."):
+        fail(f"--name={args.name} is not the name of a folder in data/")
+    return args
 
 
 # -----------------------------------------------------------------------------
-# from documents to files of tokens
+# dataset folders: begun, resumed, finished, overwritten
 
-BATCH = 1 << 18  # characters that a thread encodes at once
-SAVE_EVERY = 3  # seconds
-LEFT_OUT = ("bad rows", "undecodable bytes")
+
+@dataclasses.dataclass
+class State:
+    """The state of a preparation, saved in preparing.json until the dataset is complete."""
+
+    recipe: dict  # options and input: the same recipe gives the same files
+    listing: str = ""  # hash of the list of input files, which can change on the Hub
+    tokenizer: dict | None = None  # its description
+    part: int = 0  # read on in this part of the corpus,
+    piece: int = 0  # after this many of its pieces,
+    counts: dict = dataclasses.field(default_factory=dict)  # from these counts at the beginning of the part
+    documents: dict = dataclasses.field(default_factory=lambda: {"train": 0, "val": 0})  # number written
+    tokens: dict = dataclasses.field(default_factory=lambda: {"train": 0, "val": 0})  # number written
+    replacing: bool = False  # everything is written, and only has to be renamed
+    meta: dict | None = None  # the content of meta.json, if replacing
+
+    @classmethod
+    def load(cls, folder):
+        """Return the state saved in a folder; None if there is nothing to resume."""
+        try:
+            state = cls(**(read_json(os.path.join(folder, PREPARING)) or {}))
+        except TypeError:  # other keys
+            return None
+        return state if state.replacing or any(state.tokens.values()) else None
+
+    def save(self, folder):
+        write_json(os.path.join(folder, PREPARING), vars(self))
 
 
 def write_dataset(folder, corpus, args, source):
-    """Encode the documents of a corpus, Texts or Files, into a dataset folder.
+    """Tokenize the documents of a corpus, Texts or Files, into a dataset folder.
 
-    The files take their places when all is done; until then what was there before stands. An interrupted call is
-    carried on by the next one with the same args and corpus, a finished one is not repeated. ValueError if the folder
-    holds something else and args.force is not set; OSError when files cannot be written.
+    The previous dataset stays until the new one is complete. The same call resumes after an interruption.
+    Raises ValueError if the folder contains another dataset and args.force is not set.
     """
     os.makedirs(folder, exist_ok=True)
     with FolderLock(folder):
-        names = ("tokenizer", "column", "format", "val_share", "num_samples", "shard_tokens")
-        recipe = {name: getattr(args, name) for name in names} | {"inputs": corpus.identity}
-        if os.path.exists(args.tokenizer) and args.tokenizer != "char":  # a file or folder, whose content may change
-            description = json.dumps(from_name(args.tokenizer).description)
-            recipe["tokenizer"] += f" ({hashlib.sha256(description.encode()).hexdigest()[:8]})"
-        state = begin(folder, recipe, args.force)
+        state = begin(folder, make_recipe(corpus, args), args.force)
         if state is None:
             return
-        if not state.get("replacing"):
-            state = encode(folder, corpus, args, state)
-            state["meta"] |= {"source": source, "recipe": recipe}
-            write_json(os.path.join(folder, PREPARING), state | {"replacing": True})
-            for what, n in state["meta"]["left_out"].items():
-                print(f"left out: {n:,} {what}" + f" (the first: {corpus.first_bad})" * (what == "bad rows"))
-        replace(folder, state["meta"])
+        if not state.replacing:
+            state.meta = encode(folder, corpus, args, state) | {"source": source, "recipe": state.recipe}
+            for name, n in state.meta["left_out"].items():
+                hint = f" (first: {corpus.first_bad})" if name == "bad rows" else ""
+                print(f"left out: {n:,} {name}{hint}")
+        finish(folder, state)
+
+
+def make_recipe(corpus, args):
+    """Return all that the content of a dataset depends on."""
+    names = ("tokenizer", "column", "format", "val_share", "num_samples", "shard_tokens")
+    recipe = {name: getattr(args, name) for name in names} | {"inputs": corpus.identity}
+    if os.path.exists(args.tokenizer) and args.tokenizer != "char":  # its content may change
+        description = json.dumps(load_tokenizer(args.tokenizer).description)
+        recipe["tokenizer"] += f" ({hashlib.sha256(description.encode()).hexdigest()[:8]})"
+    return recipe
 
 
 def begin(folder, recipe, force):
-    """The state to start from, None if the dataset is there already. ValueError if the folder holds another one."""
-    unfinished, meta = (read_json(os.path.join(folder, name)) for name in (PREPARING, "meta.json"))
-    if unfinished and not (unfinished.keys() >= beginning(None).keys() and isinstance(unfinished["recipe"], dict)):
-        unfinished = None  # damaged
-    if unfinished and not any(unfinished["tokens"].values()) and not unfinished.get("replacing"):
-        unfinished = None  # nothing is lost
-    there = unfinished or meta or ({} if glob.glob(os.path.join(glob.escape(folder), "*.bin")) else None)
-    if there is not None and there.get("recipe") != recipe and not force:
-        before = there.get("recipe") if isinstance(there.get("recipe"), dict) else {}
-        changed = [k for k in recipe if before.get(k) != recipe[k]]
-        changed = ["other or changed input" if k == "inputs" else f"{k}={before.get(k)!r}" for k in changed]
-        kind = "an unfinished dataset" if unfinished else "a dataset"
-        how = f"with {'; '.join(changed)}" if before else "in another way"
-        raise ValueError(f"{folder} holds {kind} that was made {how}: --force replaces it")
-    if unfinished and unfinished["recipe"] == recipe:
-        print(f"carrying on after {sum(unfinished['tokens'].values()):,} tokens")
-        return unfinished
-    if unfinished and unfinished.get("replacing"):
-        remove_others(folder, ())  # half of this and half of that
+    """Return the State to start from; None if the dataset is complete. Raise ValueError if it is another one."""
+    state, meta = State.load(folder), read_json(os.path.join(folder, "meta.json")) or {}
+    if state and state.recipe == recipe:
+        print(f"resuming after {sum(state.tokens.values()):,} tokens")
+        return state
+
+    # overwrite another dataset only with --force
+    exists = state or meta or glob.glob(os.path.join(glob.escape(folder), "*.bin"))
+    before = state.recipe if state else meta.get("recipe", {})
+    if exists and before != recipe and not force:
+        changed = [f"--{name}={value}" for name, value in before.items() if value != recipe.get(name)]
+        changed = ["other input" if option.startswith("--inputs") else option for option in changed]
+        how = f"prepared with {', '.join(changed)}" if changed else "from another program"
+        raise ValueError(f"{folder} already contains a dataset {how}; use --force to overwrite")
+    if state and state.replacing:
+        remove_others(folder, ())  # it is a mix of two datasets
+
+    # do nothing if the dataset is complete and intact
     if meta and not force:
         try:
-            tokens = {split: len(Dataset(folder).split(split)) for split in ("train", "val")}
-            print(f"{folder} is finished: {tokens['train']:,} + {tokens['val']:,} tokens; --force makes it again")
+            n_train, n_val = (len(Dataset(folder).split(split)) for split in ("train", "val"))
+            print(f"{folder} is complete: {n_train:,} + {n_val:,} tokens; use --force to prepare it again")
             return None
         except (OSError, ValueError) as e:
-            print(f"making it again: {e}")
-    return beginning(recipe)
+            print(f"preparing it again: {e}")
+    return State(recipe)
 
 
-def beginning(recipe):
-    """The state of a dataset of which nothing is made. part and piece say where to read on, counts what the corpus had
-    counted when that part began, tokens how many are written."""
-    zero = {"train": 0, "val": 0}
-    return dict(recipe=recipe, tokenizer=None, part=0, piece=0, counts={}, documents=zero, tokens=dict(zero))
+def finish(folder, state):
+    """Rename the .tmp files that state.meta lists, and write meta.json. The next call finishes an interrupted one."""
+    state.replacing = True
+    state.save(folder)
+    files = state.meta["files"]
+    for name in files:
+        path = os.path.join(folder, name)
+        if os.path.exists(path + ".tmp"):
+            os.replace(path + ".tmp", path)
+        print(f"{path}: {files[name]['tokens']:,} tokens")
+    remove_others(folder, files)
+    write_json(os.path.join(folder, "meta.json"), state.meta)
+    os.remove(os.path.join(folder, PREPARING))
 
 
-def make_tokenizer(corpus, args):
-    """The tokenizer that args name. One that is made of a text sees that of the documents for training."""
-
-    def texts(n):
-        share = 1 if n is None or args.num_samples else min(1, n / max(1, corpus.size))
-        seen, start = 0, beginning(None)
-        with progress(corpus, args, start, f"reading for {args.tokenizer}") as show:
-            for _, _, _, piece, split in read(corpus, args, start):
-                if n is None or split == "train" and fraction(piece.text, 1) < share:
-                    seen += len(piece.text)
-                    # a word of a million letters would take for ever to learn from
-                    yield from (text for text, _ in passages(piece.text, PIECE))
-                if n is not None and seen > n:  # unpacked it may be far more than the size of the files
-                    break
-                start["documents"][split] += piece.ends
-                show()
-
-    return from_name(args.tokenizer, texts)
+def remove_others(folder, names):
+    """Remove the files of datasets from a folder, except those named."""
+    for name in os.listdir(folder):
+        if re.fullmatch(r"(.*_)?(train|val)(_\d+)?\.bin(\.tmp)?|meta\.(pkl|json)", name) and name not in names:
+            os.remove(os.path.join(folder, name))
 
 
-def fraction(text, which):
-    """A number from 0 to 1 that depends on nothing but the text; another one for each which."""
+def write_json(path, content):
+    """Write a JSON file atomically."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        json.dump(content, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# from documents to batches of tokens
+
+BATCH = 1 << 18  # characters that a thread tokenizes at once
+
+
+def fraction(text, i):
+    """Return the i-th of two numbers from 0 to 1 that depend only on the text. Example: "abc", 0 -> 0.1701"""
     digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
-    return int.from_bytes(digest[8 * which : 8 * which + 8], "little") / 2**64
+    return int.from_bytes(digest[8 * i : 8 * i + 8], "little") / 2**64
 
 
 def split_of(text, val_share):
+    """Choose the split of a text. Example: "abc", 0.1 -> "train" """
     return "val" if fraction(text, 0) < val_share else "train"
 
 
-def read(corpus, args, state):
-    """Yield (part, the corpus's counts when it began, how many pieces of it are read, piece, split) from where state
-    says, as many documents as args say."""
-    corpus.counts.update(dict.fromkeys(corpus.counts, 0) | state["counts"])
-    wanted = args.num_samples - sum(state["documents"].values()) if args.num_samples else float("inf")
-    first, skip = state["part"], state["piece"]
-    for part in range(first, len(corpus.parts)):
-        before = dict(corpus.counts)
-        pieces = enumerate(corpus.pieces(part), 1) if wanted > 0 else ()
-        for n, piece in pieces:
-            if part == first and n <= skip:
-                continue
-            yield part, before, n, piece, piece.split or split_of(piece.text, args.val_share)
+def read_after(corpus, state, limit):
+    """Yield (piece, position) after `state`, until there are `limit` documents.
+
+    position: part, piece and counts of the state that goes on after this piece
+    """
+    corpus.bytes_read, corpus.counts = 0, collections.Counter(state.counts)
+    documents, done = sum(state.documents.values()), state.piece
+    for part in range(state.part, len(corpus.parts)):
+        counts = dict(corpus.counts)
+        for n, piece in enumerate(corpus.pieces(part), 1):
+            if n > done:
+                yield piece, (part, n, counts)
+                documents += piece.ends
+            if n >= done and documents >= limit:  # a resumed call stops here too
+                return
+        done = 0
+
+
+def read(corpus, args, state, title):
+    """Yield (piece, split, position) after `state`, as the args say, and show a progress bar."""
+    unit = {"total": corpus.size(state.part), "unit": "B"}
+    if args.num_samples:
+        unit = {"total": args.num_samples, "initial": sum(state.documents.values()), "unit": " documents"}
+    interval = 0.2 if sys.stderr.isatty() else 60  # seconds
+    with tqdm(desc=title, unit_scale=True, mininterval=interval, **unit) as bar:
+        for piece, position in read_after(corpus, state, args.num_samples or math.inf):
+            yield piece, piece.split or split_of(piece.text, args.val_share), position
+            bar.update(piece.ends if args.num_samples else corpus.bytes_read - bar.n)
             corpus.check(final=False)
-            wanted -= piece.ends
-            if wanted <= 0:
-                break
     corpus.check(final=True)
 
 
-@contextlib.contextmanager
-def progress(corpus, args, state, what):
-    """A progress bar, by documents if their number is known, else by bytes; yields what updates it."""
-    begun, already, first = time.monotonic(), sum(state["tokens"].values()), True
-    unit = dict(total=args.num_samples, unit=" documents") if args.num_samples else dict(total=corpus.size, unit="B")
-    often = 0.2 if sys.stderr.isatty() else 60  # seconds
-    with tqdm(desc=what, unit_scale=True, mininterval=often, **unit) as bar:
-
-        def show():
-            nonlocal first
-            documents, tokens = sum(state["documents"].values()), sum(state["tokens"].values()) - already
-            n = documents if args.num_samples else corpus.position()
-            if first and already:  # what an earlier run did says nothing of the time that is left
-                bar.n = bar.initial = bar.last_print_n = n
-            first = False
-            speed = f"{tokens / (time.monotonic() - begun + 1e-9) / 1e6:.2f}M tokens/s"
-            bar.set_postfix_str(f"{documents:,} documents, {speed}" if tokens else "", refresh=False)
-            bar.update(n - bar.n)
-
-        yield show
+def batches(pieces):
+    """Group what read() yields into (position, [(piece, split, whether an end of text follows)])."""
+    batch, size = [], 0
+    for (piece, split, position), following in itertools.pairwise(itertools.chain(pieces, [None])):
+        # a document that goes on in the other split ends in this one
+        leaves = following is not None and piece.split is None and following[1] != split
+        batch.append((piece, split, piece.ends or leaves))
+        size += len(piece.text)
+        if size >= BATCH or following is None:
+            yield position, batch
+            batch, size = [], 0
 
 
-def encode(folder, corpus, args, state):
-    """Write the tokens of a corpus's documents into .tmp files, from where state says. Returns the state at the end,
-    with meta for meta.json."""
-    listing = hashlib.sha256(json.dumps(corpus.parts).encode()).hexdigest()
-    if state.setdefault("listing", listing) != listing:
-        print("the files on the Hub have changed: beginning again")
-        state = beginning(state["recipe"]) | {"listing": listing}
-    state["tokenizer"] = state["tokenizer"] or make_tokenizer(corpus, args).description
-    tokenizer = from_description(state["tokenizer"])
-    separator = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
-
-    def batches():
-        """(part, counts, n, batch): where to read on behind the batch, a list of (piece, split, whether it is separated
-        from what follows: where a document ends, and where its next piece goes into the other split)."""
-        batch, size = [], 0
-        pieces = itertools.chain(read(corpus, args, state), [None])
-        for (*position, piece, split), following in itertools.pairwise(pieces):
-            parted = following is not None and piece.split is None and following[-1] != split
-            batch.append((piece, split, piece.ends or parted))
-            size += len(piece.text)
-            if size >= BATCH or following is None:
-                yield *position, batch
-                batch, size = [], 0
-
-    def ids_of(item):
-        """{split: ids} of one of the batches."""
-        ids, batch = {"train": [], "val": []}, item[-1]
-        encoded = tokenizer.encode_documents([piece.text for piece, _, _ in batch])
-        for (_, split, separate), part in zip(batch, encoded, strict=True):
-            ids[split] += [part, separator] if separate else [part]
-        return {split: np.concatenate(parts) for split, parts in ids.items() if parts}
-
-    def save():
-        files.sync()
-        write_json(os.path.join(folder, PREPARING), state)
-        return time.monotonic()
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with TokenFiles(folder, tokenizer, args.shard_tokens, state["tokens"]) as files:
-        if not files.intact():
-            print("the unfinished files are damaged: beginning again")
-            state |= beginning(state["recipe"]) | {"tokenizer": state["tokenizer"]}
-            files.tokens = state["tokens"]
-        saved = save()
-        with progress(corpus, args, state, "preparing") as show:
-            for (part, counts, n, batch), ids in in_order(ids_of, batches(), args.workers or cores):
-                for split in ids:
-                    files.write(split, ids[split])
-                for piece, split, _ in batch:
-                    state["documents"][split] += piece.ends
-                state.update(part=part, piece=n, counts=counts)
-                if time.monotonic() - saved > SAVE_EVERY:
-                    saved = save()
-                show()
-        if sum(files.tokens.values()) < 2:
-            raise ValueError("there is no text in this input")
-        if 0 in files.tokens.values():
-            print("too few documents for two splits: the last tenth of their tokens is for validation")
-            files.cut()
-            state["documents"] = {}
-        files.sync()
-    state["meta"] = {
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": files.dtype.name,
-        "tokenizer": state["tokenizer"],
-        "documents": state["documents"],
-        "left_out": {name: n for name, n in corpus.counts.items() if name in LEFT_OUT and n},
-        "files": {name: {"tokens": n, "sha256": sha256_of(files.path(name))} for name, n in files.sizes().items()},
-    }
-    return state
+def encode_batch(tokenizer, item):
+    """Return {split: ids (n,)} of what batches() yields."""
+    _, batch = item
+    end = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
+    parts = {}
+    encoded = tokenizer.encode_documents([piece.text for piece, _, _ in batch])
+    for (_, split, ends), ids in zip(batch, encoded, strict=True):
+        parts.setdefault(split, []).extend([ids, end] if ends else [ids])
+    return {split: np.concatenate(ids) for split, ids in parts.items()}
 
 
 def in_order(function, items, workers):
-    """Yield (item, function(item)) for each item, in their order; threads are at work on those that come next."""
+    """Yield (item, function(item)) in order, while threads work on the next items."""
     with ThreadPoolExecutor(workers) as pool:
         waiting = collections.deque()
         for item in items:
@@ -351,15 +321,103 @@ def in_order(function, items, workers):
             yield item, future.result()
 
 
-class TokenFiles:
-    """The files of a dataset while they are written, with .tmp behind their names: all tokens of a split in one, or
-    shard_tokens in each. tokens: {split: how many are written}."""
+# -----------------------------------------------------------------------------
+# from batches to token files, with a tokenizer that may be learned from the text
 
-    def __init__(self, folder, tokenizer, shard_tokens, tokens):
+SAVE_EVERY = 3  # seconds
+LEFT_OUT = ("bad rows", "undecodable bytes")
+
+
+def load_tokenizer(name, texts=None):
+    """As from_name() of tokenizer.py, but `name` can be a dataset folder too."""
+    if any(os.path.exists(os.path.join(name, file)) for file in ("meta.json", "meta.pkl")):
+        return from_description(read_meta(name).get("tokenizer"))
+    return from_name(name, texts)
+
+
+def sample_texts(corpus, args, size):
+    """Yield texts to make a tokenizer from: about `size` characters for training, or all documents for None."""
+    share = 1 if size is None or args.num_samples else size / max(1, corpus.size())
+    characters = 0
+    for piece, split, _ in read(corpus, args, State({}), f"reading for {args.tokenizer}"):
+        if size is None or split == "train" and fraction(piece.text, 1) < share:
+            characters += len(piece.text)
+            # a word of a million letters takes forever to learn from
+            yield from (text for text, _ in passages(piece.text, PIECE))
+        if size is not None and characters > size:  # compressed files have more characters than bytes
+            break
+
+
+def encode(folder, corpus, args, state):
+    """Write the tokens of all documents after `state` to .tmp files. Return the content of meta.json."""
+    # start again if the files on the Hub have changed
+    listing = hashlib.sha256(json.dumps(corpus.parts).encode()).hexdigest()
+    if state.listing not in ("", listing):
+        print("the files on the Hub have changed: starting again")
+        state = State(state.recipe)
+    state.listing = listing
+
+    # load or learn the tokenizer
+    if state.tokenizer is None:
+        state.tokenizer = load_tokenizer(args.tokenizer, functools.partial(sample_texts, corpus, args)).description
+    tokenizer = from_description(state.tokenizer)
+
+    # write the tokens
+    files = TokenFiles(folder, tokenizer.vocab_size, args.shard_tokens, state.tokens)
+    if not files.recover():
+        print("the unfinished files are corrupt: starting again")
+        return encode(folder, corpus, args, State(state.recipe))
+    write_documents(corpus, args, state, tokenizer, files)
+    if sum(state.tokens.values()) < 2:
+        raise ValueError("the input contains no text")
+    if 0 in state.tokens.values():
+        print("too few documents to split; using the last 10 % of the tokens for validation")
+        files.split_last_tenth()
+        state.documents = {}
+    files.sync()
+
+    # describe them
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": files.dtype.name,
+        "tokenizer": state.tokenizer,
+        "documents": state.documents,
+        "left_out": {name: corpus.counts[name] for name in LEFT_OUT if corpus.counts[name]},
+        "files": {name: {"tokens": n, "sha256": sha256_of(files.path(name))} for name, n in files.sizes().items()},
+    }
+
+
+def write_documents(corpus, args, state, tokenizer, files):
+    """Tokenize and write the documents after `state`; update it, and save it every SAVE_EVERY seconds."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    tokenize = functools.partial(encode_batch, tokenizer)
+    state.save(files.folder)
+    saved = time.monotonic()
+    with contextlib.closing(read(corpus, args, state, "preparing")) as pieces:
+        for item, ids in in_order(tokenize, batches(pieces), args.workers or cores):
+            for split in ids:
+                files.write(split, ids[split])
+            position, batch = item
+            state.part, state.piece, state.counts = position
+            for piece, split, _ in batch:
+                state.documents[split] += piece.ends
+            if time.monotonic() - saved > SAVE_EVERY:
+                files.sync()
+                state.save(files.folder)
+                saved = time.monotonic()
+
+
+class TokenFiles:
+    """The .tmp files of a dataset: one per split, or one per shard_tokens tokens.
+
+    tokens: {split: number written}, kept up to date
+    """
+
+    def __init__(self, folder, vocab_size, shard_tokens, tokens):
         self.folder, self.tokens = folder, tokens
         self.sharded, self.longest = shard_tokens > 0, shard_tokens or 2**62
-        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-        self.open = {}  # split: its last file
+        self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self.unsynced = set()  # paths written since the last sync()
 
     def name(self, split, i):
         return f"{split}_{i:06d}.bin" if self.sharded else f"{split}.bin"
@@ -368,16 +426,15 @@ class TokenFiles:
         return os.path.join(self.folder, name + ".tmp")
 
     def sizes(self):
-        """{name: tokens} of all files."""
-        starts = {split: range(0, n, self.longest) for split, n in self.tokens.items()}
-        return {
-            self.name(split, i): min(self.longest, self.tokens[split] - start)
-            for split in starts
-            for i, start in enumerate(starts[split])
-        }
+        """Return {name: tokens}. Example: 5 in shards of 3 -> {"train_000000.bin": 3, "train_000001.bin": 2}"""
+        sizes = {}
+        for split, n in self.tokens.items():
+            for i, start in enumerate(range(0, n, self.longest)):
+                sizes[self.name(split, i)] = min(self.longest, n - start)
+        return sizes
 
-    def intact(self):
-        """Whether the files hold what is said to be written. What they hold behind it is cut off."""
+    def recover(self):
+        """Cut off what was written after the last save. Return False if something before it is missing."""
         for name, n in self.sizes().items():
             path, size = self.path(name), n * self.dtype.itemsize
             if not os.path.exists(path) or os.path.getsize(path) < size:
@@ -386,86 +443,35 @@ class TokenFiles:
         return True
 
     def write(self, split, ids):
-        raw = np.ascontiguousarray(ids, dtype=self.dtype)
-        while raw.size:
+        """Append ids, (n,), to a split."""
+        ids = np.ascontiguousarray(ids, self.dtype)
+        while ids.size:
             i, offset = divmod(self.tokens[split], self.longest)
-            if split not in self.open:
-                self.open[split] = open(self.path(self.name(split, i)), "ab" if offset else "wb")
-            part = raw[: self.longest - offset]
-            self.open[split].write(part)
+            part, ids = np.split(ids, [self.longest - offset])
+            path = self.path(self.name(split, i))
+            with open(path, "ab" if offset else "wb") as f:
+                f.write(part)
+            self.unsynced.add(path)
             self.tokens[split] += part.size
-            raw = raw[part.size :]
-            if offset + part.size == self.longest:
-                self.sync()
-                self.open.pop(split).close()
-
-    def cut(self):
-        """Make two splits, nine to one, of the tokens of one: a hash sends few documents all into the same. After a
-        kill in the middle the files are either still as they were, or not intact."""
-        self.close()
-        for name in self.sizes():
-            os.replace(self.path(name), self.path(name.replace("val", "train")))
-        n = max(self.tokens.values())
-        self.tokens.update(train=n, val=0)
-        parts = {self.path(name): (self.dtype, 0, count) for name, count in self.sizes().items()}
-        start = max(1, n * 9 // 10)
-        for i in range(start, n, 1 << 20):
-            self.write("val", Tokens(parts).read(i, min(1 << 20, n - i)))
-        self.tokens["train"] = start
-        self.sync()
-        self.intact()
 
     def sync(self):
-        for f in self.open.values():
-            f.flush()
-            os.fsync(f.fileno())
+        """Wait until everything is on the disk."""
+        for path in self.unsynced:
+            with open(path, "ab") as f:
+                os.fsync(f.fileno())
+        self.unsynced.clear()
 
-    def close(self):
-        for f in self.open.values():
-            f.close()
-        self.open = {}
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, failure, trace):
-        if isinstance(failure, OSError):
-            failure.filename = failure.filename or self.folder  # a full disk names no file
-        with contextlib.suppress(OSError) if failure else contextlib.nullcontext():
-            self.close()
-
-
-def sha256_of(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def replace(folder, meta):
-    """Let the files that are written take their places. Until the last is there, PREPARING says that some may not."""
-    for name in meta["files"]:
-        if os.path.exists(os.path.join(folder, name + ".tmp")):
-            os.replace(os.path.join(folder, name + ".tmp"), os.path.join(folder, name))
-    remove_others(folder, meta["files"])
-    write_json(os.path.join(folder, "meta.json"), meta)
-    os.remove(os.path.join(folder, PREPARING))
-    for name, entry in meta["files"].items():
-        print(f"{os.path.join(folder, name)}: {entry['tokens']:,} tokens")
-
-
-def remove_others(folder, names):
-    """Remove the files of a dataset from a folder, but for those of these names."""
-    for name in os.listdir(folder):
-        if re.fullmatch(r"(.*_)?(train|val)(_\d+)?\.bin(\.tmp)?|meta\.(pkl|json)", name) and name not in names:
-            os.remove(os.path.join(folder, name))
-
-
-def write_json(path, content):
-    """Write a JSON file whole or not at all."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(content, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    def split_last_tenth(self):
+        """Move the last 10 % of the tokens to val, if only one split has any. After a kill, recover() may fail."""
+        self.sync()
+        for name in self.sizes():
+            os.replace(self.path(name), self.path(name.replace("val", "train")))
+        n = sum(self.tokens.values())
+        self.tokens.update(train=n, val=0)
+        train = Tokens({self.path(name): (self.dtype, 0, size) for name, size in self.sizes().items()})
+        start = max(1, n * 9 // 10)
+        for i in range(start, n, 1 << 20):
+            self.write("val", train.read(i, min(1 << 20, n - i)))
+        self.tokens["train"] = start
+        self.sync()
+        self.recover()

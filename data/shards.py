@@ -1,21 +1,27 @@
 """
-How tokens lie on disk, and which of them make up a batch.
+Datasets: how token ids are stored on disk, and which of them make up a batch.
 
-    python data/shards.py data/shakespeare          shows what a dataset holds
+    python data/shards.py data/shakespeare          print what a dataset contains
 
-A dataset is a folder of files of token ids. meta.json says which, of which type, and by which tokenizer:
+A dataset is a folder of .bin files: token ids and nothing else, little-endian uint16, or uint32 for large vocabularies.
+All files of a split, train or val, are one long stream. A training example is a window of it: block_size ids are the
+inputs, and the targets are the same window one token later. meta.json says what the ids mean:
 
     {"vocab_size": 65, "dtype": "uint16", "tokenizer": {...}, "source": "...", "documents": {...},
      "files": {"train.bin": {"tokens": 1003854, "sha256": "..."}, ...}}
 
-Without it, train.bin and val.bin are read, or all of x_train_000001.bin, x_train_000002.bin ... as one stream: raw
-little-endian uint16, of the characters in meta.pkl or of GPT-2's tokens, as nanoGPT writes them, or with the header of
-llm.c and modded-nanogpt: 256 int32, of which the first three are a magic number, a version and how many tokens follow
+Without meta.json, train.bin and val.bin are read, or all shards x_train_000001.bin, x_train_000002.bin ..., either as
+nanoGPT writes them (raw uint16, with the characters in meta.pkl or GPT-2's tokens), or as llm.c and modded-nanogpt do:
+after a header of 256 int32, which starts with a magic number, a version and the number of tokens
 (https://github.com/karpathy/llm.c, dev/data/data_common.py).
 """
 
+import bisect
+import collections
+import contextlib
 import functools
 import glob
+import itertools
 import json
 import os
 import pickle
@@ -25,142 +31,109 @@ import sys
 
 import numpy as np
 
-if __name__ == "__main__":
-    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from data.tokenizer import CharTokenizer, from_description  # noqa: E402
+HEADER_BYTES = 256 * 4
+FORMATS = {20240520: (1, "<u2", None), 20240801: (7, "<u4", 128256)}  # magic: (version, dtype, vocab_size)
+PREPARING = "preparing.json"  # in a dataset folder while it is prepared, see data/preparation.py
+CHECKED = 1 << 28  # tokens that check() reads in full; more would take seconds
+
+
+class DataError(Exception):
+    """Tokens cannot be read or are corrupt, and the run has already started."""
+
 
 # -----------------------------------------------------------------------------
-# reading
-
-
-HEADER = 256 * 4  # bytes
-HEADERS = {20240520: (1, "<u2", None), 20240801: (7, "<u4", 128256)}  # magic: (version, dtype, vocabulary or None)
-PREPARING = "preparing.json"  # in a dataset folder while it is being made; see data/preparation.py
-CHECKED = 1 << 28  # tokens: so many are looked at before they are trained on, in some tenths of a second
+# what a folder contains
 
 
 class Dataset:
-    """A dataset folder. vocab_size and tokenizer (a description, see data/tokenizer.py) are None where not known.
+    """A dataset folder. vocab_size and tokenizer (a description, see data/tokenizer.py) are None if unknown.
 
-    FileNotFoundError and ValueError say what is wrong with a folder and what to type.
+    FileNotFoundError and ValueError say what is missing or corrupt, and what to type.
     """
 
     def __init__(self, folder):
-        self.folder = folder
         script = os.path.join(folder, "prepare.py")
-        self.remedy = f"make it again: python {script}" if os.path.exists(script) else "make it again"
-        names = [os.path.basename(path) for path in glob.glob(os.path.join(glob.escape(folder), "*.bin"))]
+        self.folder = folder
+        self.remedy = f"prepare the dataset: python {script if os.path.exists(script) else 'data/*/prepare.py'}"
+
+        # is there a complete dataset?
+        names = glob.glob("*.bin", root_dir=folder)
         unfinished = read_json(os.path.join(folder, PREPARING))
         if unfinished is not None and (not names or unfinished.get("replacing")):
-            raise FileNotFoundError(f"{folder} is not finished: type the command again that prepares it")
+            raise FileNotFoundError(f"{folder} is not finished: run the command that prepares it again")
         if not names:
-            if os.path.exists(script):
-                raise FileNotFoundError(f"no .bin files in {folder}; make them: python {script}")
-            known = sorted(os.path.basename(os.path.dirname(p)) for p in glob.glob("data/*/prepare.py"))
-            ready = f"data/ can prepare {', '.join(known)}" if known else "run this in the folder that train.py is in"
-            raise FileNotFoundError(f"no dataset in {folder}; {ready}")
+            raise FileNotFoundError(f"no dataset in {folder}; {self.remedy}")
+
+        # shards in the order of their numbers: x_train_2.bin comes before x_train_10.bin
         meta = read_meta(folder)
-        self.vocab_size, self.tokenizer = meta.get("vocab_size"), meta.get("tokenizer")
-        self.dtype, self.files = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<"), meta.get("files")
-        # in order of length, then of the alphabet: x_train_2.bin comes before x_train_10.bin
+        self.files = meta.get("files", {})
         self.names = sorted(self.files or names, key=lambda name: (len(name), name))
-        formats = {self.header(name)[0] for name in self.names} & HEADERS.keys()
-        if len(formats) > 1:
-            raise ValueError(f"{folder} holds tokens of two formats: keep those of one vocabulary")
-        self.vocab_size = self.vocab_size or next((HEADERS[magic][2] for magic in formats), None)
+        missing = [name for name in self.names if name not in names]
+        if missing:
+            raise FileNotFoundError(f"no {missing[0]} in {folder}; {self.remedy}")
+
+        # the vocabulary and the type of the ids
+        self.vocab_size, self.tokenizer = meta.get("vocab_size"), meta.get("tokenizer")
+        self.dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
+        magics = {read_header(os.path.join(folder, name))[0] for name in self.names} & FORMATS.keys()
+        if len(magics) > 1:
+            raise ValueError(f"{folder} mixes GPT-2's and Llama 3's tokens: keep the files of one vocabulary")
+        for magic in magics:
+            self.vocab_size = self.vocab_size or FORMATS[magic][2]
 
     def split(self, name):
-        """The tokens of 'train' or 'val' as one stream."""
+        """Return the Tokens of the split "train" or "val"."""
         names = [file for file in self.names if re.fullmatch(rf"(.*_)?{name}(_\d+)?\.bin", file)]
-        names = [f"{name}.bin"] if f"{name}.bin" in names else names
+        if f"{name}.bin" in names:
+            names = [f"{name}.bin"]
         if not names:
             raise FileNotFoundError(f"no {name}.bin in {self.folder}; {self.remedy}")
         return Tokens({os.path.join(self.folder, file): self.layout(file) for file in names})
 
-    def header(self, name):
-        """The magic number, version and number of tokens at the beginning of a file, if it has a header."""
-        path = os.path.join(self.folder, name)
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"{self.folder} has no {name} as meta.json lists it; {self.remedy}")
-        return np.append(np.fromfile(path, dtype="<i4", count=3), [0, 0, 0])[:3].tolist()
-
     def layout(self, name):
-        """Where the ids of a file are: their type, the bytes before them, and how many they are."""
-        path, dtype, offset = os.path.join(self.folder, name), self.dtype, 0
-        magic, version, stated = self.header(name)
-        if magic in HEADERS:
-            known, kind, _ = HEADERS[magic]
-            if version != known:
-                raise ValueError(f"{path} is of version {version} of its format, only {known} is known")
-            dtype, offset = np.dtype(kind), HEADER
-        else:
-            stated = self.files[name]["tokens"] if self.files else None
+        """Return (dtype, bytes before the ids, number of ids) of a file. Raises ValueError if it is corrupt."""
+        path = os.path.join(self.folder, name)
+        dtype, offset, expected = self.dtype, 0, self.files.get(name, {}).get("tokens")
+        magic, version, n_tokens = read_header(path)
+        if magic in FORMATS:
+            known_version, dtype, _ = FORMATS[magic]
+            dtype, offset, expected = np.dtype(dtype), HEADER_BYTES, n_tokens
+            if version != known_version:
+                raise ValueError(f"{path} has format version {version}, only {known_version} is supported")
+
+        # the size must match
         size = os.path.getsize(path)
-        count, rest = divmod(size - offset, dtype.itemsize)
-        if rest or size < offset:
-            raise ValueError(f"{path} has {size} bytes, which is no whole number of {dtype.name} tokens; {self.remedy}")
-        if stated is not None and stated != count:
-            says = "its header" if offset else "meta.json"
-            raise ValueError(f"{path} has {count:,} tokens, {says} says {stated:,}; {self.remedy}")
-        if not count:
+        count, rest = divmod(max(0, size - offset), dtype.itemsize)
+        if rest:
+            raise ValueError(f"{path} has {size} bytes, not a multiple of {dtype.itemsize}; {self.remedy}")
+        if expected not in (None, count):
+            raise ValueError(f"{path} has {count:,} tokens instead of {expected:,}; {self.remedy}")
+        if count == 0:
             raise ValueError(f"{path} is empty; {self.remedy}")
-        start = np.fromfile(path, dtype, count=1 << 16, offset=offset)
-        if dtype.itemsize == 2 and len(start) > 1000 and start[1::2].max() < 16 and start[::2].max() > 255:
-            raise ValueError(f"{path} holds numbers of four bytes or more, not {dtype.name}; {self.remedy}")
+
+        # larger integers read as uint16: every second number is nearly zero
+        ids = np.fromfile(path, dtype, count=1 << 16, offset=offset)
+        if dtype.itemsize == 2 and count > 1000 and ids[1::2].max() < 16 and ids[::2].max() > 255:
+            raise ValueError(f"{path} contains integers of 4 bytes or more, not uint16; {self.remedy}")
         return dtype, offset, count
 
 
-class FolderLock:
-    """Keeps a second process from writing into a folder, where the system can: until the block, the object or the
-    process ends. ValueError if there is another one."""
-
-    def __init__(self, folder):
-        self.handle = None
-        try:
-            import fcntl
-
-            self.handle = os.open(folder, os.O_RDONLY)
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process is writing into {folder}") from None
-        except (ImportError, OSError):  # Windows, and file systems without locks
-            pass
-
-    def release(self, *_):
-        handle, self.handle = self.handle, None
-        if handle is not None:
-            os.close(handle)
-
-    def __enter__(self):
-        return self
-
-    __exit__ = __del__ = release
-
-
-def read_json(path):
-    """What a JSON file holds, or None if it is not there or holds no object."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-        return content if isinstance(content, dict) else None
-    except (OSError, ValueError, RecursionError):
-        return None
+def read_header(path):
+    """Return the first three int32 of a file: magic number, version and number of tokens, if it has a header."""
+    header = np.fromfile(path, "<i4", count=3)
+    return np.pad(header, (0, 3 - len(header))).tolist()
 
 
 def read_meta(folder):
-    """meta.json of a dataset folder, or what nanoGPT's meta.pkl says in its terms, or {}. ValueError if unreadable."""
+    """Return meta.json of a dataset folder, nanoGPT's meta.pkl in its terms, or {}. Raises ValueError if corrupt."""
     path = os.path.join(folder, "meta.json")
     if os.path.exists(path):
-        try:
-            meta = read_json(path)
-            valid = type(meta["vocab_size"]) is int and 0 < meta["vocab_size"] <= 2**32
-            valid = valid and meta["dtype"] in ("uint16", "uint32")
-            valid = valid and all(type(entry["tokens"]) is int for entry in meta.get("files", {}).values())
-            if valid and isinstance(meta.get("tokenizer"), dict | None):
-                return meta
-        except (KeyError, TypeError, AttributeError):
-            pass
-        raise ValueError(f"{path} is damaged: delete it and prepare the dataset again")
+        meta = read_json(path)
+        if not is_valid(meta):
+            raise ValueError(f"{path} is corrupt: delete it and prepare the dataset again")
+        return meta
+
+    # the vocabulary of nanoGPT's character-level datasets
     path = os.path.join(folder, "meta.pkl")
     if not os.path.exists(path):
         return {}
@@ -168,111 +141,200 @@ def read_meta(folder):
         with open(path, "rb") as f:
             old = PlainUnpickler(f).load()
         meta = {"vocab_size": old["vocab_size"]}
-        if type(meta["vocab_size"]) is not int or not 0 < meta["vocab_size"] <= 2**32:
-            raise ValueError("vocab_size is not a whole number above 0")
+        if not is_valid(meta | {"dtype": "uint16"}):
+            raise ValueError("vocab_size is not a positive integer")
         if "itos" in old:
-            meta["tokenizer"] = CharTokenizer([old["itos"][i] for i in range(old["vocab_size"])]).description
+            characters = "".join(old["itos"][i] for i in range(old["vocab_size"]))
+            meta["tokenizer"] = {"kind": "char", "characters": characters}
+            if len(set(characters)) != old["vocab_size"]:
+                raise ValueError("itos does not have one character per id")
         return meta
-    except Exception as e:  # a damaged pickle can raise anything
-        raise ValueError(f"{path} is not read ({e or type(e).__name__}): prepare the dataset again") from None
+    except Exception as e:  # a corrupt pickle can raise any exception
+        raise ValueError(f"cannot read {path} ({e or type(e).__name__}): prepare the dataset again") from None
+
+
+def is_valid(meta):
+    """Tell whether the content of a meta.json has the types that are relied on.
+
+    Example: {"vocab_size": 65, "dtype": "uint16"} -> True, {"vocab_size": 65, "dtype": "float64"} -> False
+    """
+    try:
+        integers = [meta["vocab_size"], *(file["tokens"] for file in meta.get("files", {}).values())]
+        known_types = meta["dtype"] in ("uint16", "uint32") and isinstance(meta.get("tokenizer"), dict | None)
+        return known_types and all(type(n) is int for n in integers) and 0 < meta["vocab_size"] <= 2**32
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads pickles of numbers, text, lists and dicts; whatever names a class or function, and so could run code, is
-    refused."""
+    """Read pickles of numbers, text, lists and dicts. Refuse classes and functions, which could run code."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which could run code")
+        raise pickle.UnpicklingError(f"it contains {module}.{name}, which could run code")
 
 
-class Tokens:
-    """A stream of token ids over one or many files. parts: {path: (dtype, bytes before the ids, how many ids)}."""
+def read_json(path):
+    """Return the object in a JSON file, or None if it is missing or corrupt."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
-    def __init__(self, parts):
-        self.paths, self.layouts = list(parts), list(parts.values())
-        self.ends = np.cumsum([count for _, _, count in self.layouts])
-        # the ids of a part, mapped into memory, not read; a process may have a thousand files open or so
-        self.ids = functools.lru_cache(maxsize=256)(self.open)
 
-    def __len__(self):
-        return int(self.ends[-1])
+class FolderLock(contextlib.AbstractContextManager):
+    """Lock a folder until release() or the end of the process. ValueError if another process has locked it."""
 
-    def open(self, i):
-        dtype, offset, count = self.layouts[i]
-        return np.memmap(self.paths[i], dtype=dtype, mode="r", offset=offset, shape=(count,))
+    def __init__(self, folder):
+        self.fd = None
+        try:
+            import fcntl
 
-    def read(self, start, count):
-        """Ids start .. start + count - 1 of the stream, (count,)."""
-        parts, i = [], int(np.searchsorted(self.ends, start, side="right"))
-        while count > 0:
-            offset = start - int(self.ends[i]) + self.layouts[i][2]
-            parts.append(np.array(self.ids(i)[offset : offset + count]))  # a copy: files can be closed
-            start, count, i = start + len(parts[-1]), count - len(parts[-1]), i + 1
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            self.fd = os.open(folder, os.O_RDONLY)
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is locked by another process") from None
+        except (ImportError, OSError):  # Windows and some network file systems have no such locks
+            pass
 
-    def windows(self, starts, length):
-        """The ids of windows that begin at starts, (B,), as int64, (B, length)."""
-        return np.stack([self.read(start, length) for start in starts.tolist()]).astype(np.int64)
+    def release(self, *_):
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
 
-    def check(self, block_size, vocab_size):
-        """ValueError if the stream is shorter than a window or holds ids past the vocabulary. Of long streams it looks
-        at the beginning of each file, which is where another type or vocabulary shows."""
-        if len(self) < block_size + 1:
-            raise ValueError(
-                f"{self.paths[0]} has {len(self):,} tokens, fewer than block_size + 1 = {block_size + 1:,}: "
-                "use more text" + (f", or --block_size={len(self) - 1} or less" if len(self) > 1 else "")
-            )
-        for i, path in enumerate(self.paths):
-            largest = int(self.ids(i)[: None if len(self) <= CHECKED else 1 << 20].max())
-            if largest >= vocab_size:
-                raise ValueError(
-                    f"{path} has a token id {largest}, but the vocabulary ends at {vocab_size - 1}: "
-                    "it was made with another tokenizer, or is of another type than meta.json says"
-                )
+    __exit__ = __del__ = release
 
 
 # -----------------------------------------------------------------------------
-# which windows: pure functions, so that a run can be resumed at any step and split over any number of processes
+# which tokens make up a batch: pure functions, so that a run resumes at any step and on any number of ranks
+
+
+class Tokens:
+    """A stream of token ids over one or more files. parts: {path: (dtype, bytes before the ids, number of ids)}."""
+
+    def __init__(self, parts):
+        self.paths, self.layouts = list(parts), list(parts.values())
+        self.ends = list(itertools.accumulate(count for _, _, count in self.layouts))  # of each file in the stream
+        self.starts = [0, *self.ends[:-1]]
+        self.ids = functools.lru_cache(maxsize=256)(self.open)  # a process can open about 1,000 files
+
+    def __len__(self):
+        return self.ends[-1]
+
+    def open(self, i):
+        """Map the ids of file i into memory, (count,). Raises DataError if it has changed since the start."""
+        dtype, offset, count = self.layouts[i]
+        try:
+            return np.asarray(np.memmap(self.paths[i], dtype, mode="r", offset=offset, shape=(count,)))
+        except (OSError, ValueError) as e:
+            folder, name = os.path.split(self.paths[i])
+            raise DataError(f"{folder}: cannot read {name} ({e})") from None
+
+    def read(self, start, count):
+        """Return the ids start .. start + count - 1 of the stream, (count,)."""
+        end, parts = start + count, []
+        for i in range(bisect.bisect_right(self.ends, start), bisect.bisect_left(self.ends, end) + 1):
+            ids = self.ids(i)[max(0, start - self.starts[i]) : end - self.starts[i]]
+            parts.append(np.array(ids))  # a copy, so that the file can be closed
+        return np.concatenate(parts)
+
+    def windows(self, starts, length):
+        """Return the windows that begin at starts, (B,), as int64, (B, length); -1 after the end of the stream."""
+        windows = np.full((len(starts), length), -1, dtype=np.int64)
+        for window, start in zip(windows, starts.tolist(), strict=True):
+            count = min(length, len(self) - start)
+            if count > 0:
+                window[:count] = self.read(start, count)
+        return windows
+
+    def check(self, block_size, vocab_size):
+        """Raise ValueError if the stream is shorter than a window or has ids that are not in the vocabulary.
+
+        In long streams it checks the beginning of each file, where a wrong dtype or vocabulary already shows.
+        """
+        if len(self) < block_size + 1:
+            problem = f"{self.paths[0]} has {len(self):,} tokens, fewer than block_size + 1 = {block_size + 1:,}"
+            raise ValueError(f"{problem}: use more text, or --block_size={len(self) - 1} or less")
+        limit = 1 << 20 if len(self) > CHECKED else None
+        for i, path in enumerate(self.paths):
+            largest = self.ids(i)[:limit].max()
+            if largest >= vocab_size:
+                problem = f"{path} has token id {largest}, but the vocabulary ends at {vocab_size - 1}"
+                raise ValueError(f"{problem}: it has another tokenizer or dtype")
+
+
+def load_batch(tokens, starts, block_size, vocab_size, device):
+    """Return inputs X and targets Y of the windows at starts, both (B, T) int64 on the device; Y is one token later.
+
+    After the end of the stream targets are -1, which the loss ignores. Raises DataError if a file cannot be read or an
+    id is not in the vocabulary.
+    """
+    import torch  # here, because the prepare scripts do not need it
+
+    ids = tokens.windows(starts, block_size + 1)
+    if ids.max() >= vocab_size:
+        row, column = np.argwhere(ids >= vocab_size)[0]
+        path = tokens.paths[bisect.bisect_right(tokens.ends, starts[row] + column)]
+        problem = f"{path} has token id {ids[row, column]} in the window at token {starts[row]:,}"
+        raise DataError(f"{problem}, but the vocabulary ends at {vocab_size - 1}")
+
+    xy = torch.from_numpy(ids)
+    if torch.device(device).type == "cuda":
+        xy = xy.pin_memory().to(device, non_blocking=True)  # the copy overlaps with computation
+    else:
+        xy = xy.to(device)
+    return xy[:, :-1].clamp(min=0), xy[:, 1:]
 
 
 def train_windows(n_tokens, block_size, seed, first, count):
-    """Where windows first .. first + count - 1 of the training order begin, (count,).
+    """Return where windows first .. first + count - 1 of the endless training order begin, (count,).
 
-    In each epoch every window of block_size tokens comes once, in an order shuffled by the seed; the grid of windows
-    itself is shifted from epoch to epoch. The order has no end.
+    Each epoch shifts the grid of windows at random, and visits each of them once in an order shuffled by the seed.
+
+    Example: n_tokens=14, block_size=3, seed=0, first=0, count=6 -> [5, 8, 2, 6, 3, 0]
     """
-    per_epoch = max(1, (n_tokens - block_size) // block_size)  # all but one, which is the room to shift
+    per_epoch = max(1, (n_tokens - block_size) // block_size)  # one less than fit, which makes room for the shift
+    room = min(block_size, n_tokens - per_epoch * block_size)
     starts = []
     while count > 0:
+        # as many as this epoch still has
         epoch, i = divmod(first, per_epoch)
         n = min(count, per_epoch - i)
         shift, *keys = np.random.SeedSequence((seed, epoch)).generate_state(5, np.uint64)
-        shift = int(shift) % min(block_size, n_tokens - per_epoch * block_size)
-        starts.append(shuffle(np.arange(i, i + n), per_epoch, keys) * block_size + shift)
+        starts.append(shuffle(np.arange(i, i + n), per_epoch, keys) * block_size + int(shift) % room)
         first, count = first + n, count - n
     return np.concatenate(starts)
 
 
 def shuffle(i, n, keys):
-    """Where a pseudorandom permutation of range(n) takes i, an array of ints. It needs no memory for the permutation.
+    """Return where a pseudorandom permutation of range(n) maps the integers i, an array; it is computed, not stored.
 
-    A Feistel network, a round a key, permutes the next power of four; whatever lands at n or beyond goes around again.
+    A Feistel network permutes the next power of four: per key, the left half of the bits is XORed with a hash of the
+    right half, which can be undone, and the halves change places. Results of n or more are permuted again.
+
+    Example: i=np.arange(6), n=6, keys=np.array([1, 2, 3, 4], np.uint64) -> [2, 0, 1, 4, 5, 3]
     """
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits
     mask = (np.uint64(1) << half) - np.uint64(1)
+
+    # cycle until all results are in range(n)
     out, outside = i.astype(np.uint64), np.ones(len(i), dtype=bool)
     while outside.any():
         left, right = out >> half, out & mask
         for key in keys:
-            mixed = (right + key) * np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio
-            left, right = right, left ^ (mixed >> np.uint64(32) & mask)
+            hashed = (right + key) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)  # 2**64 / golden ratio
+            left, right = right, left ^ (hashed & mask)
         out = np.where(outside, left << half | right, out)
         outside = out >= n
     return out.astype(np.int64)
 
 
 def eval_windows(n_tokens, block_size, count):
-    """Where `count` windows that are spread evenly over the stream begin; all of its windows if it has fewer."""
+    """Return where `count` windows that are spread evenly over the stream begin; all windows if it has fewer.
+
+    Example: n_tokens=100, block_size=10, count=4 -> [0, 20, 40, 60]
+    """
     available = (n_tokens - 1) // block_size
     count = min(count, available)
     return np.arange(count) * available // count * block_size
@@ -282,43 +344,32 @@ def eval_windows(n_tokens, block_size, count):
 
 
 def show(folder):
-    """Print what a dataset folder holds."""
-    data = Dataset(folder)
-    splits = {name: data.split(name) for name in ("train", "val")}
-    meta, description = read_json(os.path.join(folder, "meta.json")) or {}, data.tokenizer
-    if not description and not data.vocab_size:
-        description = {"kind": "tiktoken", "name": "gpt2"}  # as training assumes
+    """Print what a dataset contains: tokenizer, source, sizes, beginning and most frequent tokens. Check its ids."""
+    from data.tokenizer import assumed_tokenizer, from_description
+
+    data, meta = Dataset(folder), read_json(os.path.join(folder, "meta.json")) or {}
+    description = data.tokenizer or assumed_tokenizer(data.vocab_size)
     tokenizer = from_description(description) if description else None
-    kind = description.get("name", description["kind"]) if description else "unknown"
-    print(f"{folder}: tokenizer {kind}, vocabulary {data.vocab_size or tokenizer.vocab_size:,}")
-    if "source" in meta:
-        print(f"source: {meta['source']}")
-    for name, tokens in splits.items():
-        documents = meta["documents"].get(name) if isinstance(meta.get("documents"), dict) else None
-        of, n = f" of {documents} documents" if documents else "", len(tokens.paths)
-        print(f"{name}: {len(tokens):,} tokens{of} in {n} file{'s' * (n > 1)}")
-        for path, (dtype, _, count) in zip(tokens.paths, tokens.layouts, strict=True):
-            print(f"    {path}: {count:,} tokens, {dtype.name}")
-    sample = splits["train"].read(0, min(len(splits["train"]), 1 << 22))
-    if tokenizer:
-        ends = [i for i in np.flatnonzero(sample[:2000] == tokenizer.eot) if i > 0]  # some put it before a document
-        print("first document:", repr(tokenizer.decode(sample[: ends[0] if ends else 200])[:1000]))
-    ids, counts = np.unique(sample, return_counts=True)
-    print(f"most frequent of the first {len(sample):,} tokens:")
-    for i in np.argsort(-counts, kind="stable")[:10]:
-        text = repr(tokenizer.decode([ids[i]])) if tokenizer else ""
-        print(f"    {ids[i]:6} {counts[i] / len(sample):6.2%} {text}")
-    for tokens in splits.values():
+    name = description.get("name", description["kind"]) if description else "unknown"
+    print(f"tokenizer: {name}, source: {meta.get('source', 'unknown')}")
+    for split in ("train", "val"):
+        tokens, documents = data.split(split), meta.get("documents", {}).get(split) or "unknown"
+        print(f"{split}: {len(tokens):,} tokens, files: {len(tokens.paths)}, documents: {documents}")
         tokens.check(1, data.vocab_size or tokenizer.vocab_size)
+        ids = tokens.read(0, min(len(tokens), 1 << 20)).tolist()
+        frequent = [i for i, _ in collections.Counter(ids).most_common(10)]
+        print("    beginning:", repr(tokenizer.decode(ids[:200])) if tokenizer else ids[:20])
+        print("    most frequent:", [tokenizer.decode([i]) for i in frequent] if tokenizer else frequent)
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end with the reader of a pipe
+    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
     sys.stdout.reconfigure(errors="backslashreplace")
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` closes the pipe
     try:
-        if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-            raise ValueError("type python data/shards.py FOLDER")
+        if len(sys.argv) != 2:
+            raise ValueError("usage: python data/shards.py FOLDER")
         show(sys.argv[1])
     except (OSError, ValueError) as e:
         print("error:", e, file=sys.stderr)

@@ -1,6 +1,5 @@
 """
-train.py with a fault in it. FAULTS=backward,save,evaluate,nan,hang names those of the first, second ... start
-by torchrun. All but that of saving are in process 1.
+train.py with injected faults. FAULTS=backward,save,evaluate,nan,hang: one per start by torchrun, on rank 1 except save.
 """
 
 import os

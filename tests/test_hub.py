@@ -1,4 +1,4 @@
-"""Weights and tokenizers in the formats of transformers, in and out, beside transformers itself."""
+"""Import and export of weights and tokenizers, compared with transformers."""
 
 import json
 import os
@@ -11,7 +11,18 @@ from conftest import TEXT, options
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen3Config
 
 from data.tokenizer import CharTokenizer, from_description, from_hub, from_name, same_tokens
-from model import GPT, LATEST, GPTConfig, from_hub_config, read_checkpoint, to_hub_config
+from model import (
+    GPT,
+    LATEST,
+    GPTConfig,
+    from_hf_config,
+    from_pretrained,
+    get_num_params,
+    hf_parts,
+    read_checkpoint,
+    save_pretrained,
+    to_hf_config,
+)
 
 GPT2 = dict(n_embd=32, n_head=4, n_layer=2, vocab_size=99, n_positions=128)
 LLAMA = dict(
@@ -47,31 +58,31 @@ def random_model(config):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_and_text_are_those_of_transformers_and_come_back(name, tmp_path):
+def test_import_and_export_keep_logits_and_text(name, tmp_path):
     theirs = random_model(CONFIGS[name])
     theirs.save_pretrained(tmp_path / "in")
-    ours = GPT.from_pretrained(str(tmp_path / "in")).eval()
+    ours = from_pretrained(str(tmp_path / "in")).eval()
     idx = torch.randint(99, (2, 40))
     with torch.no_grad():
         torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-5, rtol=0)
     text = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=64, do_sample=False)
     assert torch.equal(ours.generate(idx, 64, temperature=0), text)
 
-    ours.save_pretrained(str(tmp_path / "out"), eot=7)
+    save_pretrained(ours, str(tmp_path / "out"), eot=7)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(again) is type(theirs) and again.config.eos_token_id == again.generation_config.eos_token_id == 7
     with torch.no_grad():
         assert torch.equal(again(idx).logits, theirs(idx).logits)
-    same = GPT.from_pretrained(str(tmp_path / "out"))
+    same = from_pretrained(str(tmp_path / "out"))
     assert same.config == ours.config
     for key, value in ours.state_dict().items():
         assert torch.equal(same.state_dict()[key], value), key
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(bias=False), dict(bias=False, mlp="gelu_tanh")])
-def test_gpt2_with_and_without_biases_goes_out(settings, tmp_path):
+def test_gpt2_exports_with_and_without_biases(settings, tmp_path):
     ours = GPT(GPTConfig(block_size=64, vocab_size=65, n_layer=2, n_head=2, n_embd=16, **settings)).eval()
-    ours.save_pretrained(str(tmp_path))
+    save_pretrained(ours, str(tmp_path))
     theirs, loading = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     theirs.eval()
@@ -83,28 +94,29 @@ def test_gpt2_with_and_without_biases_goes_out(settings, tmp_path):
     assert written["activation_function"] == ("gelu_new" if "mlp" in settings else "gelu")
 
 
-def test_both_spellings_of_rope_are_written():
-    model_args = from_hub_config(CONFIGS["llama, stretched"])
-    written = to_hub_config(GPTConfig(**model_args))
+def test_config_json_has_the_rope_fields_of_transformers_4_and_5(tmp_path):
+    random_model(CONFIGS["llama, stretched"]).save_pretrained(tmp_path / "in")
+    save_pretrained(from_pretrained(str(tmp_path / "in")), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 5e5
     assert written["rope_scaling"]["rope_type"] == "llama3" and written["rope_scaling"]["factor"] == 8.0
 
 
 @pytest.mark.parametrize("name, n_layer, n_embd", [("", 12, 768), ("-medium", 24, 1024), ("-large", 36, 1280)])
-def test_the_sizes_of_gpt2(name, n_layer, n_embd):
+def test_gpt2_sizes(name, n_layer, n_embd):
     config = GPT2Config(n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 64)
     with torch.device("meta"):
-        ours, theirs = GPT(GPTConfig(**from_hub_config(config))), transformers.GPT2LMHeadModel(config)
-    assert ours.get_num_params(non_embedding=False) == sum(p.numel() for p in theirs.parameters())
-    shapes = {name.removeprefix("transformer."): p.shape for name, p in theirs.named_parameters()}
-    assert {name: place.shape for name, place in ours.hub_layout().items()} == shapes
+        ours, theirs = GPT(GPTConfig(**from_hf_config(config))), transformers.GPT2LMHeadModel(config)
+    assert get_num_params(ours, non_embedding=False) == sum(p.numel() for p in theirs.parameters())
+    parts = [part for key, weight in ours.state_dict().items() for part in hf_parts(key, weight, ours.config)]
+    assert {name: part.shape for name, part in parts} == {name: w.shape for name, w in theirs.state_dict().items()}
 
 
 @pytest.mark.parametrize("shards", [dict(), dict(max_shard_size="20KB")])
-def test_files_in_shards_and_bin_files(shards, tmp_path):
+def test_sharded_and_bin_files_are_read(shards, tmp_path):
     theirs = random_model(CONFIGS["llama"])
     theirs.save_pretrained(tmp_path, **shards)
-    expected = GPT.from_pretrained(str(tmp_path)).state_dict()
+    expected = from_pretrained(str(tmp_path)).state_dict()
     files = list(tmp_path.glob("*.safetensors"))
     assert len(files) > 1 if shards else len(files) == 1
     for path in files:
@@ -117,18 +129,18 @@ def test_files_in_shards_and_bin_files(shards, tmp_path):
         halves = {"pytorch_model-1.bin": keys[: len(keys) // 2], "pytorch_model-2.bin": keys[len(keys) // 2 :]}
         for file, part in halves.items():
             torch.save({key: theirs.state_dict()[key] for key in part}, tmp_path / file)
-        index = {"weight_map": {key: file for file, part in halves.items() for key in part}}
+        index = {"metadata": {}, "weight_map": {key: file for file, part in halves.items() for key in part}}
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    for key, value in GPT.from_pretrained(str(tmp_path)).state_dict().items():
+    for key, value in from_pretrained(str(tmp_path)).state_dict().items():
         assert torch.equal(value, expected[key])
 
 
 @pytest.mark.parametrize(
     "config, message",
     [
-        (transformers.MixtralConfig(**LLAMA), "models of type mixtral are not supported"),
-        (transformers.Qwen3MoeConfig(), "models of type qwen3_moe are not supported"),
-        (transformers.GemmaConfig(), "models of type gemma are not supported"),
+        (transformers.MixtralConfig(**LLAMA), "unsupported model type mixtral"),
+        (transformers.Qwen3MoeConfig(), "unsupported model type qwen3_moe"),
+        (transformers.GemmaConfig(), "unsupported model type gemma"),
         (Qwen3Config(**LLAMA, use_sliding_window=True, sliding_window=8), "use_sliding_window=True"),
         (Qwen3Config(**LLAMA, attention_bias=True), "attention_bias=True"),
         (LlamaConfig(**LLAMA, hidden_act="gelu", attention_bias=True), "hidden_act=gelu, mlp_bias=False"),
@@ -137,13 +149,13 @@ def test_files_in_shards_and_bin_files(shards, tmp_path):
         (GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
     ],
 )
-def test_what_cannot_be_built_is_refused_by_name_before_weights_are_read(script, config, message, tmp_path):
+def test_unsupported_configs_are_refused_by_name(script, config, message, tmp_path):
     config.save_pretrained(tmp_path)  # a config alone: the weights would be missing
     result = script("sample.py", f"--init_from={tmp_path}", "--device=cpu")
     assert result.code == 2 and message in result.err and "Traceback" not in result.err
 
 
-def test_all_weights_that_do_not_fit_are_named(tmp_path):
+def test_mismatched_weights_are_named(tmp_path):
     random_model(CONFIGS["llama"]).save_pretrained(tmp_path)
     weights = {key: value for key, value in random_model(CONFIGS["llama"]).state_dict().items()}
     del weights["model.norm.weight"]
@@ -152,12 +164,8 @@ def test_all_weights_that_do_not_fit_are_named(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     torch.save(weights, tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError) as e:
-        GPT.from_pretrained(str(tmp_path))
-    for part in (
-        "model.norm.weight is missing",
-        "up_proj.weight is (3, 3) instead of (48, 32)",
-        "mlp.experts is unknown",
-    ):
+        from_pretrained(str(tmp_path))
+    for part in ("missing model.norm.weight", "mismatched", "up_proj.weight", "unexpected", "mlp.experts"):
         assert part in str(e.value)
 
 
@@ -166,12 +174,12 @@ def test_all_weights_that_do_not_fit_are_named(tmp_path):
     [
         ("config.json", b"{", "config.json of"),
         ("config.json", b"[]", "config.json of"),
-        ("model.safetensors", b"damaged", "cannot be read"),
-        ("tokenizer.json", b"{", "tokenizer.json is not understood"),
-        ("model.safetensors", None, "has neither model.safetensors nor"),
+        ("model.safetensors", b"damaged", "cannot load the weights of"),
+        ("tokenizer.json", b"{", "tokenizer.json"),
+        ("model.safetensors", None, "cannot load the weights of"),
     ],
 )
-def test_damaged_folders_are_one_line(script, file, content, message, tmp_path):
+def test_corrupt_folder_gives_one_line(script, file, content, message, tmp_path):
     random_model(CONFIGS["llama"]).save_pretrained(tmp_path)
     byte_tokenizer(tmp_path)
     (tmp_path / file).write_bytes(content) if content else (tmp_path / file).unlink()
@@ -180,44 +188,28 @@ def test_damaged_folders_are_one_line(script, file, content, message, tmp_path):
     assert result.code == 2 and len(errors) == 1 and message in errors[0] and "Traceback" not in result.err
 
 
-@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../x"}}'])
-def test_a_damaged_index_is_named(index, tmp_path):
-    CONFIGS["llama"].save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ValueError, match="cannot be read"):
-        GPT.from_pretrained(str(tmp_path))
-
-
-def test_a_bin_file_of_something_else_is_named(tmp_path):
-    CONFIGS["llama"].save_pretrained(tmp_path)
-    for content in ({"model": {"a": torch.ones(2)}}, [1], {3: torch.ones(2)}):
-        torch.save(content, tmp_path / "pytorch_model.bin")
-        with pytest.raises(ValueError, match="cannot be read"):
-            GPT.from_pretrained(str(tmp_path))
-
-
-def test_a_hostile_bin_file_does_not_run(tmp_path):
+def test_pickled_code_in_a_bin_file_does_not_run(tmp_path):
     class Hostile:
         def __reduce__(self):
             return open, (str(tmp_path / "it ran"), "w")
 
     CONFIGS["llama"].save_pretrained(tmp_path)
     torch.save({"model.norm.weight": Hostile()}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="cannot be read"):
-        GPT.from_pretrained(str(tmp_path))
+    with pytest.raises(OSError, match="cannot load the weights"):
+        from_pretrained(str(tmp_path))
     assert not (tmp_path / "it ran").exists()
 
 
-def test_what_no_class_of_transformers_has_is_refused_by_name():
+def test_export_without_an_architecture_is_refused():
     shape = dict(block_size=8, vocab_size=9, n_layer=1, n_head=2, n_embd=8)
     for settings, message in (
         (dict(norm="rmsnorm", position="rope", mlp="relu2"), "mlp=relu2"),
-        (dict(position="rope"), "position=rope"),
-        (dict(norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=True), "qk_norm=True"),  # and biases
+        (dict(position="rope"), "norm=layernorm"),
+        (dict(norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=True), "bias=True"),
         (dict(n_kv_head=1), "n_kv_head=1"),
     ):
         with pytest.raises(ValueError, match=message):
-            to_hub_config(GPTConfig(**shape, **settings))
+            to_hf_config(GPTConfig(**shape, **settings))
 
 
 def check_round_trip(tokenizer, text, folder):
@@ -258,13 +250,13 @@ def test_gpt2s_tokenizer_round_trips(tmp_path):
     check_round_trip(from_name("gpt2"), HARD + "<|endoftext|>", tmp_path)
 
 
-def test_other_ids_are_other_tokens():
+def test_same_tokens():
     assert same_tokens({"kind": "char", "characters": "ab"}, {"kind": "char", "characters": "ab"})
     assert not same_tokens({"kind": "char", "characters": "ab"}, {"kind": "char", "characters": "ba"})
     assert not same_tokens({"kind": "char", "characters": "ab"}, {"kind": "char", "characters": "abc"})
 
 
-def test_files_of_a_hostile_tokenizer_stay_in_the_folder(tmp_path):
+def test_tokenizer_files_stay_in_their_folder(tmp_path):
     CharTokenizer("ab").save_pretrained(str(tmp_path / "in"))
     description = from_hub(str(tmp_path / "in"))
     description["files"]["../escaped"] = "text"
@@ -287,7 +279,7 @@ def byte_tokenizer(folder):
     return fast
 
 
-def test_a_folder_of_transformers_is_finetuned_and_goes_back(script, tiny_run, tiny, tmp_path, monkeypatch):
+def test_transformers_folder_is_finetuned_and_exported(script, tiny_run, tiny, tmp_path, monkeypatch):
     theirs = random_model(LlamaConfig(**{**LLAMA, "vocab_size": 300}))
     theirs.save_pretrained(tmp_path / "in")
     fast = byte_tokenizer(tmp_path / "in")
@@ -324,7 +316,7 @@ def test_a_folder_of_transformers_is_finetuned_and_goes_back(script, tiny_run, t
         assert script("sample.py", source, *flags, "--device=cpu").out == f"{expected}\n---------------\n"
 
 
-def test_an_exported_dtype_is_as_asked(script, finished_char_run, tmp_path):
+def test_export_dtype(script, finished_char_run, tmp_path):
     for flags, expected in (([], torch.float32), (["--dtype=bfloat16"], torch.bfloat16)):
         result = script("sample.py", f"--out_dir={finished_char_run}", f"--export={tmp_path}", "--device=cpu", *flags)
         assert result.code == 0, result.err
@@ -338,7 +330,7 @@ def finished_char_run(script, tiny_run):
 
 
 @pytest.mark.parametrize("script_name", ["sample.py", "train.py"])
-def test_a_folder_that_brings_code_does_not_run_it(start_process, tiny_run, tmp_path, script_name):
+def test_code_in_a_model_folder_does_not_run(start_process, tiny_run, tmp_path, script_name):
     folder, ran = tmp_path / "evil", tmp_path / "ran"
     folder.mkdir()
     auto = {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}

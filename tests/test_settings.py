@@ -61,32 +61,32 @@ def test_flags(settings, args, expected):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--n_layers=3"], "unknown setting n_layers; did you mean n_layer?"),
-        (["--whatever=3"], "unknown setting whatever; --help lists all"),
-        (["--n_layer=three"], "takes a whole number such as 12, not 'three'"),
-        (["--n_layer=2.5"], "takes a whole number such as 12, not 2.5"),
-        (["--n_layer=True"], "takes a whole number such as 12, not True"),
-        (["--compile=5"], "takes True or False such as True, not '5'"),
-        (["--learning_rate=fast"], "takes a number such as 0.0006, not 'fast'"),
+        (["--n_layers=3"], "unknown setting n_layers (did you mean n_layer?)"),
+        (["--whatever=3"], "unknown setting whatever (--help lists all)"),
+        (["--n_layer=three"], "must be an integer such as 12, got 'three'"),
+        (["--n_layer=2.5"], "must be an integer such as 12, got 2.5"),
+        (["--n_layer=True"], "must be an integer such as 12, got True"),
+        (["--compile=5"], "must be True or False such as True, got '5'"),
+        (["--learning_rate=fast"], "must be a number such as 0.0006, got 'fast'"),
         (["--n_layer"], "--n_layer needs a value"),
         (["--n_layr"], "did you mean n_layer?"),
         (["--"], "unknown setting --"),
         (["--out_dir", "--compile"], "--out_dir needs a value"),
-        (["--learning_rate=1e999"], "takes a number such as 0.0006, not inf"),
-        (["--learning_rate=" + "9" * 400], "takes a number such as 0.0006, not one so large"),
-        (["--n_layer=" + "9" * 20], "takes a whole number such as 12, not one so large"),
-        (["--n_layer=" + "-" * 100_000], "takes a whole number such as 12, not '---"),
+        (["--learning_rate=1e999"], "must be a number such as 0.0006, got inf"),
+        (["--learning_rate=" + "9" * 400], "learning_rate is too large"),
+        (["--n_layer=" + "9" * 20], "n_layer is too large"),
+        (["--n_layer=" + "-" * 100_000], "must be an integer such as 12, got '---"),
         (["config/train_shakespear_char_cpu.py"], "did you mean config/train_shakespeare_char_cpu.py?"),
     ],
 )
-def test_wrong_flags_are_one_line(settings, capsys, args, message):
+def test_wrong_flag_is_one_line(settings, capsys, args, message):
     with pytest.raises(SystemExit) as e:
         settings(*args)
     err = capsys.readouterr().err
     assert e.value.code == 2 and message in err and err.count("\n") == 1
 
 
-def test_config_files_compute_and_import_and_flags_win_by_order(settings, tmp_path):
+def test_config_files_compute_and_import_and_later_ones_win(settings, tmp_path):
     first, second = tmp_path / "first.py", tmp_path / "second.py"
     first.write_text(
         "import time\nfrom math import sqrt\ngpus = 8\n_note = 1\ndef double(x): return 2 * x\n"
@@ -102,20 +102,20 @@ def test_config_files_compute_and_import_and_flags_win_by_order(settings, tmp_pa
 @pytest.mark.parametrize(
     "source, message",
     [
-        ("n_layers = 3", "unknown setting n_layers; did you mean n_layer?"),
-        ("n_layer = 'three'", "n_layer takes a whole number"),
-        ("n_layer = 3.5", "n_layer takes a whole number"),
-        ("learning_rate = float('nan')", "learning_rate takes a number"),
+        ("n_layers = 3", "unknown setting n_layers (did you mean n_layer?)"),
+        ("n_layer = 'three'", "n_layer must be an integer"),
+        ("n_layer = 3.5", "n_layer must be an integer"),
+        ("learning_rate = float('nan')", "learning_rate must be a number"),
         ("n_layer = = 3", "SyntaxError"),
         ("n_layer = 1 / 0", "ZeroDivisionError"),
         ("import no_such_module", "no_such_module"),
         ("open('no_such_file')", "FileNotFoundError"),
         ("exit(0)", "SystemExit: 0"),
-        ("n_layer = 10**400", "n_layer takes a whole number such as 12, not one so large"),
+        ("n_layer = 10**400", "n_layer is too large"),
         ("def f(): f()\nf()", "RecursionError"),
     ],
 )
-def test_wrong_config_files_are_one_line(settings, capsys, tmp_path, source, message):
+def test_wrong_config_file_is_one_line(settings, capsys, tmp_path, source, message):
     path = tmp_path / "config.py"
     path.write_text(source)
     with pytest.raises(SystemExit) as e:
@@ -124,16 +124,39 @@ def test_wrong_config_files_are_one_line(settings, capsys, tmp_path, source, mes
     assert e.value.code == 2 and message in err and str(path) in err and err.count("\n") == 1
 
 
-def test_a_config_file_may_begin_with_a_byte_order_mark(settings, tmp_path):
+def test_config_file_with_byte_order_mark(settings, tmp_path):
     (tmp_path / "config.py").write_bytes(b"\xef\xbb\xbfn_layer = 3\n")
     assert settings(str(tmp_path / "config.py"))["n_layer"] == 3
 
 
-def test_a_near_miss_that_the_file_reads_itself_is_reported(settings, capsys, tmp_path):
+def test_misspelled_setting_is_an_error_and_helper_variables_are_not(settings, capsys, tmp_path):
     path = tmp_path / "config.py"
+    path.write_text("gpus = 8\n_max_iter = 5\nbatch_size = gpus * _max_iter")
+    assert settings(str(path))["batch_size"] == 40
     path.write_text("max_iter = 5\nbatch_size = max_iter")
-    assert settings(str(path))["max_iters"] == 100
-    assert "max_iter is no setting (max_iters is)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        settings(str(path))
+    assert "unknown setting max_iter (did you mean max_iters?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from base_config_of_test import *\nmax_iters = 3",
+        "exec(open(r'{base}').read())\nmax_iters = 3",
+        "def f():\n    global n_layer, batch_size\n    n_layer, batch_size = 5, 4\nf()\nmax_iters = 3",
+    ],
+)
+def test_config_may_build_on_another_config(monkeypatch, tmp_path, source):
+    base = tmp_path / "base_config_of_test.py"
+    base.write_text("n_layer = 5\nbatch_size = 4\n")  # one changed, one assigned its default
+    (tmp_path / "config.py").write_text(source.format(base=base))
+    monkeypatch.syspath_prepend(tmp_path)
+    script = dict(n_layer=12, max_iters=100, batch_size=4, __file__=str(ROOT / "train.py"), __doc__="A script.")
+    monkeypatch.setattr(sys, "argv", ["script.py", str(tmp_path / "config.py")])
+    result, explicit = configurator.configure(script)
+    assert result == dict(n_layer=5, max_iters=3, batch_size=4)
+    assert explicit == ({"n_layer", "max_iters"} if "global" in source else {"n_layer", "max_iters", "batch_size"})
 
 
 def settings_of(name):
@@ -177,7 +200,7 @@ def test_presets_set_only_settings_of_train(path):
 
 def test_device_and_dtype(capsys):
     assert configurator.pick_device("cpu", "float32")[:2] == ("cpu", "float32")
-    best = "bfloat16" if configurator.cpu_multiplies_bfloat16() else "float32"
+    best = "bfloat16" if configurator.has_fast_bfloat16() else "float32"
     assert configurator.pick_device("cpu", "auto")[1] == best
     assert configurator.pick_device("cpu", "float16")[1] == "float32"  # as nanoGPT does
     for device, dtype in (("tpu", "auto"), ("cpu", "int8"), ("cuda:99", "auto")):
@@ -206,7 +229,7 @@ def test_help_into_a_closed_pipe_is_quiet(name):
     os.close(writing)
 
 
-def test_names_that_the_terminal_cannot_show():
+def test_message_the_terminal_cannot_encode():
     result = run_process("train.py", "--dataset=é", env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
     assert result.returncode == 2 and "no dataset in data/?" in result.stderr.replace(os.sep, "/")
 
@@ -216,18 +239,18 @@ def test_names_that_the_terminal_cannot_show():
     [
         (KeyboardInterrupt(), "\n", 130),
         (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device", 2),
-        (MemoryError(), "error: out of memory (): lower --batch_size", 2),
+        (MemoryError(), "error: out of memory (MemoryError): lower --batch_size", 2),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "Tried to allocate 2.00 GiB)", 2),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "error: out of", 2),
     ],
 )
-def test_last_words(capsys, error, message, code):
+def test_report_error_is_one_line_for_users(capsys, error, message, code):
     with pytest.raises(SystemExit) as e:
-        configurator.last_words(type(error), error, None)
+        configurator.report_error(type(error), error, None)
     err = capsys.readouterr().err
     assert e.value.code == code and message in err and err.count("\n") == 1
 
 
-def test_mistakes_in_the_code_show_where_they_are(capsys):
-    configurator.last_words(KeyError, KeyError("x"), None)
+def test_bugs_show_a_traceback(capsys):
+    configurator.report_error(KeyError, KeyError("x"), None)
     assert "KeyError: 'x'" in capsys.readouterr().err

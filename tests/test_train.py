@@ -17,8 +17,19 @@ import pytest
 import torch
 from conftest import ROOT, assert_same_state, metrics, tensors
 
-from data.shards import FolderLock, Tokens
-from model import BEST, GPT, LATEST, PREVIOUS, load_checkpoint, load_optimizer, read_checkpoint, save_checkpoint
+from data.shards import DataError, FolderLock, Tokens
+from model import (
+    BEST,
+    GPT,
+    LATEST,
+    PREVIOUS,
+    GPTConfig,
+    load_checkpoint,
+    load_optimizer_state,
+    load_training_state,
+    read_checkpoint,
+    save_checkpoint,
+)
 
 
 @pytest.fixture
@@ -29,7 +40,7 @@ def finished(train, tiny_run):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_resumed_run_is_the_uninterrupted_run(train, tiny_run, tmp_path, dtype):
+def test_resumed_run_equals_uninterrupted_run(train, tiny_run, tmp_path, dtype):
     flags = [*tiny_run.flags, f"--dtype={dtype}", "--eval_interval=5"]
     train(flags)
     halves = f"--out_dir={tmp_path / 'halves'}"
@@ -44,27 +55,27 @@ def test_a_resumed_run_is_the_uninterrupted_run(train, tiny_run, tmp_path, dtype
     assert [r["val/loss"] for r in whole if "val/loss" in r] == [r["val/loss"] for r in resumed if "val/loss" in r]
 
 
-def test_resume_needs_no_other_flag_than_out_dir(train, tiny_run, finished, tmp_path):
+def test_resume_needs_only_out_dir(train, tiny_run, finished, tmp_path):
     again = tmp_path / "again"
     train(tiny_run.flags, f"--out_dir={again}", "--max_iters=7")
     train([], f"--out_dir={again}", "--init_from=resume", "--max_iters=20", "--device=cpu")
     assert_same_state(finished, read_checkpoint(again / LATEST))
 
 
-def test_auto_begins_and_then_resumes(train, tiny_run, finished, tmp_path):
+def test_auto_starts_and_then_resumes(train, tiny_run, finished, tmp_path):
     flags = [*tiny_run.flags, f"--out_dir={tmp_path / 'auto'}", "--init_from=auto"]
     train(flags, "--max_iters=8")
     assert "resuming" in train(flags).out
     assert_same_state(finished, read_checkpoint(tmp_path / "auto" / LATEST))
 
 
-def test_a_moved_run_is_resumed_where_it_lies(train, tiny_run, finished, tmp_path):
+def test_moved_run_resumes_in_its_new_folder(train, tiny_run, finished, tmp_path):
     moved = tiny_run.out.rename(tmp_path / "moved")
     train([], f"--out_dir={moved}", "--init_from=resume", "--max_iters=22", "--device=cpu")
     assert read_checkpoint(moved / LATEST)["iter_num"] == 22 and not tiny_run.out.exists()
 
 
-def test_a_config_file_wins_even_with_a_default_value(train, tiny_run, finished, tmp_path):
+def test_config_file_overrides_saved_settings_even_with_defaults(train, tiny_run, finished, tmp_path):
     config = tmp_path / "config.py"
     config.write_text("always_save_checkpoint = True\nweight_decay = 1e-1\n")
     flags = [f for f in tiny_run.flags if "decay=" not in f]
@@ -74,7 +85,7 @@ def test_a_config_file_wins_even_with_a_default_value(train, tiny_run, finished,
     assert state["config"]["always_save_checkpoint"] is True and state["config"]["weight_decay"] == 0.1
 
 
-def test_damaged_metrics_do_not_stop_a_resume(train, tiny_run, finished):
+def test_corrupt_metrics_do_not_stop_a_resume(train, tiny_run, finished):
     path = tiny_run.out / "metrics.jsonl"
     path.write_bytes(b'\xff\xfe\nnot json\n[1]\n{"loss": 1}\n' + path.read_bytes()[:-9])
     train(tiny_run.flags, "--init_from=resume", "--max_iters=22")
@@ -100,7 +111,7 @@ def as_nanogpt(state):
     }
 
 
-def test_a_nanogpt_checkpoint_is_resumed(train, tiny_run, finished, tmp_path):
+def test_nanogpt_checkpoint_resumes(train, tiny_run, finished, tmp_path):
     train(tiny_run.flags, "--max_iters=10", "--always_save_checkpoint=False")
     torch.save(as_nanogpt(read_checkpoint(tiny_run.out / LATEST)), tiny_run.out / LATEST)
     result = train(
@@ -130,7 +141,7 @@ def test_float16_skips_overflows_and_resumes_its_scale(train, tiny_run, finished
         train(tiny_run.flags, "--init_from=resume", "--max_iters=22")  # a float32 run has no scale
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(train, tiny_run, finished, tmp_path, monkeypatch):
+def test_gradient_checkpointing_gives_equal_weights(train, tiny_run, finished, tmp_path, monkeypatch):
     import model
 
     calls = []
@@ -140,7 +151,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(train, tiny_run, fini
     assert_same_state(finished, read_checkpoint(tmp_path / "less" / LATEST))
 
 
-def test_a_modern_run_resumes_to_the_uninterrupted_run(train, tiny_run, tmp_path):
+def test_modern_run_with_muon_resumes_exactly(train, tiny_run, tmp_path):
     flags = [*tiny_run.flags, ROOT / "config" / "modern.py", "--qk_norm", "--n_hidden=40", "--muon"]
     train(flags)
     halves = f"--out_dir={tmp_path / 'halves'}"
@@ -150,8 +161,8 @@ def test_a_modern_run_resumes_to_the_uninterrupted_run(train, tiny_run, tmp_path
     assert_same_state(whole, read_checkpoint(tmp_path / "halves" / LATEST))
     assert whole["model_args"]["norm"] == "rmsnorm" and whole["model_args"]["n_kv_head"] == 1
     for changed, message in (
-        ("--mlp=relu2", "mlp=relu2 was given, but the model of resume has swiglu"),
-        ("--muon=False", "the optimizer state is of another model or optimizer"),
+        ("--mlp=relu2", "--mlp=relu2 was given, but the model of resume has swiglu"),
+        ("--muon=False", "the optimizer state does not match this model and optimizer"),
     ):
         assert message in train(flags, halves, "--init_from=resume", changed, code=2).err
 
@@ -164,7 +175,7 @@ def test_dropout_is_on_after_an_evaluation(train, tiny_run):
     assert all(a != b for a, b in zip(*losses, strict=True))
 
 
-def test_changed_settings_win_over_the_checkpoint_and_are_named(train, tiny_run, finished):
+def test_given_settings_override_saved_ones_and_are_named(train, tiny_run, finished):
     result = train(tiny_run.flags, "--init_from=resume", "--weight_decay=0.5", "--max_iters=21")
     assert "changed since then: max_iters 20 -> 21, weight_decay 0.1 -> 0.5" in result.out
     state = read_checkpoint(tiny_run.out / LATEST)
@@ -176,9 +187,9 @@ def test_evaluating_and_saving_do_not_disturb_training(train, tiny_run, finished
     assert_same_state(finished, read_checkpoint(tmp_path / "b" / LATEST))
 
 
-def test_a_new_run_keeps_the_earlier_one_aside(train, tiny_run, finished):
+def test_new_run_moves_the_earlier_one(train, tiny_run, finished):
     result = train(tiny_run.flags, "--seed=1", "--max_iters=3")
-    assert "moved to" in result.out
+    assert "moved the earlier run" in result.out
     assert_same_state(finished, read_checkpoint(tiny_run.out / "previous-1" / LATEST))
     train(tiny_run.flags, "--seed=2", "--max_iters=0")
     assert_same_state(finished, read_checkpoint(tiny_run.out / "previous-1" / LATEST))
@@ -187,7 +198,7 @@ def test_a_new_run_keeps_the_earlier_one_aside(train, tiny_run, finished):
     assert len(metrics(tiny_run.out)) == 7 and read_checkpoint(tiny_run.out / LATEST)["iter_num"] == 3
 
 
-def test_a_run_from_a_checkpoint_begins_with_its_weights(train, tiny_run, finished, tmp_path):
+def test_init_from_checkpoint_starts_with_its_weights(train, tiny_run, finished, tmp_path):
     for source in (tiny_run.out / LATEST, tiny_run.out):
         flags = [*tiny_run.flags, f"--out_dir={tmp_path / 'tuned'}", f"--init_from={source}"]
         name = LATEST if source.is_file() else BEST
@@ -206,7 +217,7 @@ def test_best_and_latest(train, tiny_run, finished):
     assert finished["iter_num"] == 20 and read_checkpoint(tiny_run.out / PREVIOUS)["iter_num"] == 10
 
 
-def test_only_a_new_best_is_saved_when_asked(train, tiny_run):
+def test_only_new_best_is_saved_without_always_save_checkpoint(train, tiny_run):
     # the rate makes the loss worse from the first step on
     flags = ["--always_save_checkpoint=False", "--learning_rate=50.0", "--decay_lr=False", "--eval_interval=2"]
     train(tiny_run.flags, *flags, "--max_iters=6")
@@ -214,7 +225,7 @@ def test_only_a_new_best_is_saved_when_asked(train, tiny_run):
     assert read_checkpoint(tiny_run.out / LATEST)["iter_num"] == 6  # the end is saved all the same
 
 
-def test_checkpoints_hold_plain_values_and_nanogpts_keys(finished):
+def test_checkpoint_has_plain_values_and_nanogpt_keys(finished):
     assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"} <= set(finished)
     assert set(finished["model_args"]) == {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
     plain = (torch.Tensor, int, float, bool, str, type(None))
@@ -222,7 +233,7 @@ def test_checkpoints_hold_plain_values_and_nanogpts_keys(finished):
     assert not any(key.startswith(("_orig_mod", "module")) for key in finished["model"])
 
 
-def test_eval_only_gives_the_same_number_twice_and_changes_nothing(train, tiny_run, finished):
+def test_eval_only_is_repeatable_and_writes_nothing(train, tiny_run, finished):
     files = {p: p.read_bytes() for p in tiny_run.out.iterdir()}
     outs = [train(tiny_run.flags, "--init_from=resume", "--eval_only").out for _ in range(2)]
     best = train([], f"--init_from={tiny_run.out / BEST}", "--eval_only", "--device=cpu").out
@@ -264,7 +275,7 @@ def test_learning_rate_schedules():
     assert lr["wsd"][10:89] == [1.0] * 79 and lr["wsd"][99] == pytest.approx(0.55) and lr["wsd"][110:] == [0.1] * 20
 
 
-def test_the_schedule_reaches_the_optimizer(train, tiny_run):
+def test_schedule_reaches_the_optimizer(train, tiny_run):
     train(tiny_run.flags, "--decay_lr=False", "--learning_rate=0.003")
     assert {r["lr"] for r in metrics(tiny_run.out) if "lr" in r} == {0.003}
     train(tiny_run.flags, "--lr_schedule=linear", "--min_lr=0.001", "--learning_rate=0.003", "--lr_decay_iters=12")
@@ -272,10 +283,10 @@ def test_the_schedule_reaches_the_optimizer(train, tiny_run):
     assert rows[:3] == pytest.approx([0.001, 0.002, 0.003]) and rows[12:] == [0.001] * 8
 
 
-def test_a_diverged_run_stops_before_it_touches_the_weights(train, tiny_run):
+def test_diverged_run_stops_before_the_update(train, tiny_run):
     flags = ["--learning_rate=1e30", "--decay_lr=False", "--grad_clip=0.0", "--save_interval=1", "--dropout=0.0"]
     result = train(tiny_run.flags, *flags, code=3)
-    assert "stopped before the weights were touched" in result.out
+    assert "diverged, the weights are unchanged" in result.out
     step = int(re.search(r"^step (\d+): loss", result.out, re.M)[1])
     state = read_checkpoint(tiny_run.out / LATEST)
     assert state["iter_num"] == step  # saved before the step that failed
@@ -294,7 +305,7 @@ def wait_for_line(process, pattern):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)])
-def test_a_signal_finishes_the_step_saves_and_exits(train, tiny_run, finished, start_process, tmp_path, number):
+def test_signal_finishes_the_step_and_saves(train, tiny_run, finished, start_process, tmp_path, number):
     out = f"--out_dir={tmp_path / 'stopped'}"
     process = start_process("train.py", *tiny_run.flags, out, "--max_iters=1000000")
     wait_for_line(process, r"^iter 3:")
@@ -310,7 +321,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(train, tiny_run, finished, s
     assert_same_state(read_checkpoint(tmp_path / "whole" / LATEST), read_checkpoint(tmp_path / "stopped" / LATEST))
 
 
-def test_kill_9_over_and_over_ends_with_the_same_weights(train, tiny_run, tmp_path, start_process):
+def test_run_survives_kill_9_at_any_moment(train, tiny_run, tmp_path, start_process):
     flags = [*tiny_run.flags, "--max_iters=200", "--log_interval=50", "--eval_interval=100", "--n_embd=128"]
     train(flags)
     folder = tmp_path / "killed"
@@ -329,7 +340,7 @@ def test_kill_9_over_and_over_ends_with_the_same_weights(train, tiny_run, tmp_pa
             kills += 1
             if not reached and not list(folder.glob("ckpt*.pt")):  # a disk that took its time over the first save
                 continue
-            state, name = load_checkpoint(folder)
+            state, _ = load_checkpoint(folder)
             assert state["iter_num"] >= reached
             reached = state["iter_num"]
     assert kills >= 3
@@ -338,7 +349,7 @@ def test_kill_9_over_and_over_ends_with_the_same_weights(train, tiny_run, tmp_pa
     assert rows == sorted(set(rows))
 
 
-def test_a_kill_at_any_rename_leaves_a_checkpoint(tmp_path, monkeypatch):
+def test_checkpoint_survives_kill_at_any_rename(tmp_path, monkeypatch):
     state = {"model": {}, "model_args": {}, "iter_num": 0}
     for name in (LATEST, BEST):
         for killed_at in range(3):
@@ -364,7 +375,7 @@ def test_a_kill_at_any_rename_leaves_a_checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("processes", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")])
-def test_a_full_disk_keeps_the_checkpoint_and_the_run(train, tiny_run, start_process, processes):
+def test_full_disk_keeps_the_checkpoint_and_the_run(train, tiny_run, start_process, processes):
     resource = pytest.importorskip("resource")
 
     def limit():  # files can grow to 100 kB, as if that were all the space
@@ -378,12 +389,11 @@ def test_a_full_disk_keeps_the_checkpoint_and_the_run(train, tiny_run, start_pro
     process = start_process(*processes, "train.py", *flags, preexec_fn=limit)
     out, err = process.communicate()
     assert process.returncode == 1 and (processes or "Traceback" not in err)  # torchrun shows one of its own
-    assert "is not written, the one before stays" in out and "iter 19:" in out
-    assert "the state of step 20 could not be saved" in out
+    assert "could not write" in out and "iter 19:" in out and "could not save the state of step 20" in out
     assert (tiny_run.out / LATEST).read_bytes() == before and not list(tiny_run.out.glob("*.tmp"))
 
 
-def test_a_log_on_a_full_disk_does_not_end_the_run(train, tiny_run, start_process):
+def test_log_on_a_full_disk_does_not_end_the_run(train, tiny_run, start_process):
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
     with open("/dev/full", "w") as full:
@@ -407,15 +417,15 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize("how", ["truncated", "empty", "bit-flipped"])
-def test_a_damaged_latest_falls_back_to_the_previous(train, tiny_run, finished, how):
+def test_corrupt_latest_falls_back_to_previous(train, tiny_run, finished, how):
     damage(tiny_run.out / LATEST, how)
     result = train(tiny_run.flags, "--init_from=auto")
-    assert f"{LATEST} is damaged" in result.err and f"resuming from {tiny_run.out / PREVIOUS} at step 10" in result.out
+    assert f"{LATEST} is corrupt" in result.err and f"resuming from {tiny_run.out / PREVIOUS} at step 10" in result.out
     assert_same_state(finished, read_checkpoint(tiny_run.out / LATEST))
-    assert (tiny_run.out / (LATEST + ".damaged")).exists()
+    assert (tiny_run.out / (LATEST + ".corrupt")).exists()
 
 
-def test_a_damaged_token_stops_the_run_and_is_mended(train, tiny_run, tiny, tmp_path, monkeypatch):
+def test_corrupt_token_stops_the_run_with_a_save(train, tiny_run, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("data.shards.CHECKED", 1 << 20)
     folder = shutil.copytree(tiny, tmp_path / "damaged")
     (folder / "meta.json").write_text(json.dumps({"vocab_size": 32, "dtype": "uint16"}))
@@ -426,7 +436,7 @@ def test_a_damaged_token_stops_the_run_and_is_mended(train, tiny_run, tiny, tmp_
     flags = [*tiny_run.flags, f"--dataset={folder}", "--max_iters=30", "--seed=5"]
     result = train(flags, code=2)
     step = int(re.search(r"stopped at step (\d+)", result.out)[1])
-    assert "train: has a token id 999" in result.err and step == 6
+    assert "train.bin has token id 999" in result.err and step == 6
     assert read_checkpoint(tiny_run.out / LATEST)["iter_num"] == step
     good.tofile(folder / "train.bin")
     train(flags, "--init_from=resume")
@@ -438,7 +448,7 @@ def test_a_damaged_token_stops_the_run_and_is_mended(train, tiny_run, tiny, tmp_
     assert "vocabulary ends at 31" in train(flags, "--init_from=resume", code=2).err
 
 
-def test_any_flipped_bit_is_found_or_harmless(tmp_path):
+def test_flipped_bits_are_found_or_harmless(tmp_path):
     weights = {"w": torch.arange(300.0)}
     save_checkpoint({"model": weights, "model_args": {"n_layer": 3}}, tmp_path)
     raw, found = (tmp_path / LATEST).read_bytes(), 0
@@ -452,7 +462,7 @@ def test_any_flipped_bit_is_found_or_harmless(tmp_path):
     assert found > 1200 / 7  # all of the tensor's bytes at least
 
 
-def test_hostile_checkpoints_are_refused_and_do_not_run(script, tiny_run, tmp_path):
+def test_pickled_code_in_a_checkpoint_does_not_run(script, tiny_run, tmp_path):
     class Hostile:
         def __reduce__(self):
             return open, (str(tmp_path / "it ran"), "w")
@@ -481,29 +491,27 @@ def test_hostile_checkpoints_are_refused_and_do_not_run(script, tiny_run, tmp_pa
     "flags, message",
     [
         (["--dataset=nowhere"], "no dataset in data/nowhere"),
-        (["--batch_size=0"], "batch_size must be at least 1"),
-        (["--learning_rate=-1.0"], "learning_rate must not be negative"),
+        (["--batch_size=0"], "--batch_size must be at least 1, got 0"),
+        (["--learning_rate=-1.0"], "--learning_rate must be at least 0, got -1.0"),
         (["--n_head=3"], "n_embd (16) must be a multiple of n_head (3)"),
-        (["--dropout=1.0"], "dropout must lie in [0, 1)"),
+        (["--dropout=1.5"], "dropout probability has to be between 0 and 1"),
         (["--block_size=100000"], "use more text, or --block_size="),
-        (["--n_embd=2000000000000"], "past all machines"),
-        (["--wsd_decay_frac=0.0"], "wsd_decay_frac must lie between 0 and 1"),
-        (["--beta1=1.5"], "beta1 must lie between 0 and 1"),
-        (["--lr_schedule=sine"], "lr_schedule takes cosine"),
+        (["--n_embd=2000000000000"], "parameters: lower them"),
+        (["--beta1=1.5"], "Invalid beta parameter"),
+        (["--lr_schedule=sine"], "--lr_schedule must be one of cosine"),
         (["--init_from=resume"], "no checkpoint in"),
         (["--init_from=nowhere.pt"], "No such file or directory: nowhere.pt"),
-        (["--init_from=gtp2"], "init_from takes resume, a checkpoint"),
+        (["--init_from=gtp2"], "init_from must be resume, a checkpoint"),
         (["--device=cuda:77"], "GPU"),
-        (["--dtype=float8"], "dtype takes"),
+        (["--dtype=float8"], "--dtype must be one of"),
         (["config/nothing.py"], "no config file config/nothing.py"),
         (["--n_laier=3"], "did you mean n_layer?"),
         (["--out_dir=/dev/null/x"], "Not a directory"),
-        (["--out_dir="], "out_dir must not be empty"),
-        (["--batch_size=1000000000000"], "too many for a micro-batch"),
-        (["--n_layer=1000000000000"], "past all machines"),
-        (["--max_iters=1e30"], "takes a whole number such as 600000, not one so large"),
-        (["--backend=tcp"], "backend takes auto, nccl, gloo"),
-        (["--device=cpu:99"], "device takes"),
+        (["--out_dir="], "No such file or directory: ''"),
+        (["--batch_size=1000000000000"], "too many tokens"),
+        (["--n_layer=1000000000000"], "parameters: lower them"),
+        (["--max_iters=1e30"], "max_iters is too large"),
+        (["--device=cpu:99"], "--device must be"),
         (["--fsdp"], "torchrun --standalone --nproc_per_node=8 train.py"),
     ],
 )
@@ -514,14 +522,14 @@ def test_wrong_input_is_one_line(script, tiny_run, flags, message):
     assert len(lines) == 1 and lines[0].startswith("error: ")
 
 
-def test_a_dataset_that_is_not_prepared_names_the_command(script):
+def test_unprepared_dataset_names_the_command(script):
     if any((ROOT / "data" / "pydocs_char").glob("*.bin")):
         pytest.skip("data/pydocs_char is prepared")
     result = script("train.py", "config/train_pydocs_char.py")
     assert result.code == 2 and "python data/pydocs_char/prepare.py" in result.err
 
 
-def test_a_checkpoint_of_another_dataset_is_refused(script, tiny_run, finished, tmp_path, tiny):
+def test_dataset_with_another_tokenizer_is_refused(script, tiny_run, finished, tmp_path, tiny):
     other = shutil.copytree(tiny, tmp_path / "other")
     meta = json.loads((other / "meta.json").read_text())
     meta["tokenizer"]["characters"] = meta["tokenizer"]["characters"][::-1]
@@ -533,12 +541,12 @@ def test_a_checkpoint_of_another_dataset_is_refused(script, tiny_run, finished, 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--block_size=8"], "block_size is 16 in this run"),
-        (["--n_layer=3"], "n_layer=3 was given, but the model of resume has 2"),
-        (["--bias"], "bias=True was given"),
+        (["--block_size=8"], "this run has block_size 16"),
+        (["--n_layer=3"], "--n_layer=3 was given, but the model of resume has 2"),
+        (["--bias"], "--bias=True was given"),
     ],
 )
-def test_another_shape_than_the_checkpoints_is_refused(script, tiny_run, finished, flags, message):
+def test_settings_that_differ_from_the_checkpoint_are_refused(script, tiny_run, finished, flags, message):
     result = script("train.py", *tiny_run.flags, "--init_from=resume", *flags)
     assert result.code == 2 and message in result.err
 
@@ -547,21 +555,14 @@ def test_another_shape_than_the_checkpoints_is_refused(script, tiny_run, finishe
     "change, message",
     [
         (dict(model=[1]), "it has no model"),
-        (dict(model={"a": 1}), "not made of dense tensors"),
-        (dict(model_args={"n_layer": "x"}), "n_layer must be a whole number"),
-        (dict(tokenizer={"kind": "char"}), "describes no tokenizer"),
-        (dict(model={"a": torch.ones(2).to_sparse()}), "not made of dense tensors"),
-        (dict(model={"a": torch.ones(2, device="meta")}), "not made of dense tensors"),
-        (dict(iter_num="x"), "its iter_num is a str"),
-        (dict(iter_num=-5), "out of range"),
-        (dict(best_val_loss=math.nan), "out of range"),
-        (dict(config=[1]), "its config is a list"),
-        (dict(config={"weight_decay": -1.0}), "weight_decay must not be negative"),
-        (dict(config={"weight_decay": math.nan}), "ckpt.pt: weight_decay takes a number such as 0.1, not nan"),
-        (dict(config={"compile": "maybe"}), "ckpt.pt: compile takes True or False"),
+        (dict(model={"a": torch.ones(2)}), "a: expected nothing, got (2,)"),
+        (dict(model_args={"n_experts": 3}), "unexpected keyword argument 'n_experts'"),
+        (dict(tokenizer={"kind": "char"}), "unknown tokenizer description"),
+        (dict(config={"weight_decay": -1.0}), "--weight_decay must be at least 0"),
+        (dict(config={"compile": "maybe"}), "ckpt.pt: compile must be True or False"),
     ],
 )
-def test_checkpoints_with_strange_contents_are_refused(script, tiny_run, finished, change, message):
+def test_invalid_checkpoint_is_refused(script, tiny_run, finished, change, message):
     (tiny_run.out / PREVIOUS).unlink()
     torch.save({**finished, **change}, tiny_run.out / LATEST)
     flags = [flag for flag in tiny_run.flags if "compile" not in flag]
@@ -570,30 +571,22 @@ def test_checkpoints_with_strange_contents_are_refused(script, tiny_run, finishe
     assert result.code == 2 and len(errors) == 1 and message in errors[0]
 
 
-@pytest.mark.parametrize(
-    "state",
-    [
-        {},
-        {0: {}},
-        {0: dict(step=torch.tensor(1.0), exp_avg=torch.ones(3, 3), exp_avg_sq=torch.ones(3, 3))},
-        {0: dict(step=torch.tensor(1.0), exp_avg=torch.ones(9, 16).to_sparse(), exp_avg_sq=torch.ones(9, 16))},
-        {0: dict(step=torch.ones(3), exp_avg=torch.ones(9, 16), exp_avg_sq=torch.ones(9, 16))},
-        {0: dict(step="x", exp_avg=torch.ones(9, 16), exp_avg_sq=torch.ones(9, 16))},
-    ],
-)
-def test_optimizer_states_that_do_not_fit_are_refused(state):
-    weight = torch.nn.Parameter(torch.ones(9, 16))
-    optimizer = torch.optim.AdamW([weight], fused=True)
-    weight.grad = torch.ones(9, 16)
+@pytest.mark.parametrize("change", [dict(param_groups=[]), dict(state={0: dict(step=1.0)}), dict(state={7: {}})])
+def test_mismatched_optimizer_state_is_refused(change):
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=8))
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    model(torch.zeros(1, 8, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64))[1].backward()
     optimizer.step()
-    saved = {**optimizer.state_dict(), "state": state}
-    if state == {}:
-        saved["param_groups"] = []
-    with pytest.raises(ValueError, match="of another model or optimizer"):
-        load_optimizer(optimizer, saved)
+    saved = optimizer.state_dict()
+    load_optimizer_state(optimizer, saved)
+    with pytest.raises(ValueError, match="does not match this model and optimizer"):
+        load_training_state(optimizer, None, {"optimizer": saved | change})
+    saved["state"][0]["exp_avg"] = torch.ones(3, 3)  # a fused kernel would read past its end
+    with pytest.raises(ValueError, match="does not match this model and optimizer"):
+        load_optimizer_state(optimizer, saved)
 
 
-def test_weights_and_states_that_share_memory_get_their_own(train, tiny_run, finished):
+def test_expanded_tensors_get_their_own_memory(train, tiny_run, finished):
     # an expanded tensor has fewer bytes than numbers: a kernel that takes it for dense would leave its memory
     expanded = lambda t: torch.ones(1).expand(t.shape) if t.dim() else t  # noqa: E731
     state = {i: {k: expanded(v) for k, v in s.items()} for i, s in finished["optimizer"]["state"].items()}
@@ -602,12 +595,6 @@ def test_weights_and_states_that_share_memory_get_their_own(train, tiny_run, fin
     torch.save(finished, tiny_run.out / LATEST)
     train(tiny_run.flags, "--init_from=resume", "--max_iters=22")
     assert read_checkpoint(tiny_run.out / LATEST)["model"]["transformer.ln_f.weight"].unique().numel() > 1
-
-
-def test_a_readable_but_strange_latest_falls_back_to_the_previous(train, tiny_run, finished):
-    torch.save({**finished, "iter_num": -5}, tiny_run.out / LATEST)
-    assert "at step 10" in train(tiny_run.flags, "--init_from=resume").out
-    assert_same_state(finished, read_checkpoint(tiny_run.out / LATEST))
 
 
 def test_wandb_gets_the_records_and_its_errors_do_not_end_a_run(train, tiny_run, monkeypatch):
@@ -627,12 +614,12 @@ def test_wandb_gets_the_records_and_its_errors_do_not_end_a_run(train, tiny_run,
     wandb = types.SimpleNamespace(init=init, log=log, finish=codes.append)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     result = train(tiny_run.flags, "--wandb_log", "--wandb_project=p", "--max_iters=3")
-    assert "WARNING: wandb does not log (no route)" in result.out
+    assert "WARNING: could not log (RuntimeError: no route)" in result.out
     assert records[0]["project"] == "p" and records[0]["config"]["max_iters"] == 3
     assert records[1:] == metrics(tiny_run.out) and codes == [0]
 
 
-def test_a_job_without_the_processes_of_torchrun(script, tiny_run, monkeypatch):
+def test_world_size_without_torchrun(script, tiny_run, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")  # some clusters set it for purposes of their own
     assert script("train.py", *tiny_run.flags, "--max_iters=1").code == 0
     monkeypatch.setenv("RANK", "0")
@@ -643,7 +630,7 @@ def test_a_job_without_the_processes_of_torchrun(script, tiny_run, monkeypatch):
 # ---- processes and compilers
 
 
-def test_a_signal_to_one_process_stops_both_at_the_same_step(tiny_run, start_process):
+def test_signal_to_one_rank_stops_all_at_the_same_step(tiny_run, start_process):
     process = start_process(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
         "train.py", *tiny_run.flags, "--max_iters=1000000", "--eval_interval=1000000",
@@ -672,7 +659,7 @@ def torchrun(start_process):
     return start
 
 
-def test_two_processes_train_like_one_wherever_they_are_killed(train, torchrun, tiny_run, tmp_path):
+def test_two_ranks_equal_one_and_survive_kills(train, torchrun, tiny_run, tmp_path):
     flags = [*tiny_run.flags, "--eval_interval=6", "--save_interval=2"]
     train(flags, f"--out_dir={tmp_path / 'one'}")
     whole = torchrun("train.py", *flags, f"--out_dir={tmp_path / 'whole'}")
@@ -690,7 +677,7 @@ def test_two_processes_train_like_one_wherever_they_are_killed(train, torchrun, 
     assert (tiny_run.out / "exit_code").read_text() == "0\n"
 
 
-def test_sharded_processes_train_like_one_and_share_their_checkpoints(torchrun, train, tiny_run, tmp_path):
+def test_fsdp_equals_one_process_and_shares_checkpoints(torchrun, train, tiny_run, tmp_path):
     flags = [*tiny_run.flags, "--muon"]
     train(flags)
     finished = read_checkpoint(tiny_run.out / LATEST)
@@ -725,7 +712,7 @@ def test_sharded_processes_train_like_one_and_share_their_checkpoints(torchrun, 
     assert_close(read_checkpoint(folders["alone"] / LATEST))
 
 
-def test_sharded_processes_in_bfloat16_train_like_one(torchrun, train, tiny_run, tmp_path):
+def test_fsdp_in_bfloat16_is_close_to_one_process(torchrun, train, tiny_run, tmp_path):
     flags = [*tiny_run.flags, "--dtype=bfloat16", "--max_iters=3", "--bias"]
     train(flags)
     job = torchrun("train.py", *flags, "--fsdp", f"--out_dir={tmp_path / 'sharded'}")
@@ -735,22 +722,22 @@ def test_sharded_processes_in_bfloat16_train_like_one(torchrun, train, tiny_run,
     assert losses[0] == pytest.approx(losses[1], abs=3e-3) and len(losses[0]) == 3
 
 
-def test_a_nan_in_one_process_stops_all_before_the_weights_are_touched(torchrun, tiny_run):
+def test_nan_on_one_rank_stops_all_before_the_update(torchrun, tiny_run):
     job = torchrun("tests/faulty_train.py", *tiny_run.flags, "--save_interval=1", env={"FAULTS": "nan"})
     out, err = job.communicate(timeout=120)
-    step = int(re.search(r"step (\d+): loss nan.*stopped before the weights were touched", out)[1])
+    step = int(re.search(r"step (\d+): loss nan.*diverged, the weights are unchanged", out)[1])
     assert read_checkpoint(tiny_run.out / LATEST)["iter_num"] == step and job.returncode == 1, err
     assert (tiny_run.out / "exit_code").read_text() == "3\n"
 
 
-def test_a_process_that_hangs_is_named(torchrun, tiny_run):
-    job = torchrun("tests/faulty_train.py", *tiny_run.flags, "--timeout=3", env={"FAULTS": "hang"})
+def test_hanging_rank_is_named(torchrun, tiny_run):
+    job = torchrun("tests/faulty_train.py", *tiny_run.flags, "--timeout=10", env={"FAULTS": "hang"})
     out, err = job.communicate(timeout=120)
-    assert job.returncode == 1 and "error: process 1 of 2 hangs or is gone" in err, err
+    assert job.returncode == 1 and "error: rank 1 of 2 does not respond" in err, err
     assert not (tiny_run.out / "exit_code").exists()
 
 
-def test_torchrun_asked_to_stop_saves_and_says_so_in_a_file(torchrun, tiny_run, tmp_path):
+def test_torchrun_sigterm_saves_and_writes_exit_code(torchrun, tiny_run, tmp_path):
     job = torchrun("train.py", *tiny_run.flags, "--max_iters=1000000", "--eval_interval=1000000")
     wait_for_line(job, r"^iter 3:")
     job.send_signal(signal.SIGTERM)
@@ -760,7 +747,7 @@ def test_torchrun_asked_to_stop_saves_and_says_so_in_a_file(torchrun, tiny_run, 
     assert (tiny_run.out / "exit_code").read_text() == "143\n"
 
 
-def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(train, tiny_run, monkeypatch):
+def test_signal_interrupts_an_evaluation(train, tiny_run, monkeypatch):
     forward, evaluated = GPT.forward, []
 
     def signalled(self, *args, **kwargs):
@@ -775,31 +762,31 @@ def test_a_signal_in_an_evaluation_does_not_wait_for_its_end(train, tiny_run, mo
     assert len(evaluated) == 60 and result.out.splitlines()[-1] == "stopped at step 0"  # with nothing to resume
 
 
-def test_a_second_run_into_the_same_folder_is_refused(train, tiny_run):
+def test_second_run_in_the_same_out_dir_is_refused(train, tiny_run):
     pytest.importorskip("fcntl")
     tiny_run.out.mkdir()
     with FolderLock(str(tiny_run.out)):
-        assert "another process is writing into" in train(tiny_run.flags, code=2).err
+        assert "is locked by another process" in train(tiny_run.flags, code=2).err
     train(tiny_run.flags, "--max_iters=1")
 
 
 @pytest.mark.parametrize("last, step", [(30, 11), (17, 6)])  # in a step; in an evaluation
-def test_data_that_is_gone_in_mid_run_stops_it_with_what_was_trained_saved(train, tiny_run, monkeypatch, last, step):
+def test_unreadable_data_stops_the_run_with_a_save(train, tiny_run, monkeypatch, last, step):
     real, calls = Tokens.windows, iter(range(10**6))
 
     def windows(self, starts, length):
         if next(calls) >= last:
-            raise OSError(5, "Input/output error")
+            raise DataError("Input/output error")
         return real(self, starts, length)
 
     monkeypatch.setattr(Tokens, "windows", windows)
     result = train(tiny_run.flags, "--eval_interval=6", code=2)
-    assert "cannot be read any more" in result.err and f"stopped at step {step}:" in result.out
+    assert "Input/output error" in result.err and f"stopped at step {step}:" in result.out
     assert read_checkpoint(tiny_run.out / LATEST)["iter_num"] == step
     assert [r["iter"] for r in metrics(tiny_run.out) if "val/loss" in r] == list(range(0, step, 6))
 
 
-def test_a_best_that_could_not_be_written_does_not_count(train, tiny_run, monkeypatch):
+def test_best_that_could_not_be_written_does_not_count(train, tiny_run, monkeypatch):
     def refuse_best(state, folder, name, keep_previous):
         if name == BEST and state["iter_num"] < 20:
             raise OSError(28, "No space left on device")
@@ -807,7 +794,7 @@ def test_a_best_that_could_not_be_written_does_not_count(train, tiny_run, monkey
 
     monkeypatch.setattr("model.save_checkpoint", refuse_best)
     result = train(tiny_run.flags, "--eval_interval=5")
-    assert result.out.count("ckpt_best.pt is not written") == 3
+    assert result.out.count("ckpt_best.pt (") == 3
     losses = [r["val/loss"] for r in metrics(tiny_run.out) if "val/loss" in r]
     assert read_checkpoint(tiny_run.out / BEST)["iter_num"] == 20
     assert read_checkpoint(tiny_run.out / LATEST)["best_val_loss"] == losses[-1]
@@ -832,7 +819,7 @@ def test_compiled_training_gives_the_same_losses(train, tiny_run, finished, tmp_
         assert compiled == pytest.approx(plain, abs=1e-4)
 
 
-def test_torch_compile_is_imported_where_it_is_used_alone(tiny_run, start_process, tmp_path):
+def test_torch_dynamo_is_imported_only_to_compile(tiny_run, start_process, tmp_path):
     (tmp_path / "tell.py").write_text("import atexit, sys; atexit.register(lambda: print(*sys.modules))")
     process = start_process("train.py", str(tmp_path / "tell.py"), *tiny_run.flags, "--muon", "--max_iters=2")
     modules = process.communicate(timeout=60)[0].splitlines()[-1].split()
@@ -849,21 +836,18 @@ def test_without_a_compiler_training_goes_on(tiny_run, start_process, tmp_path):
     assert err.count("compile=False: torch.compile does not work here") == 1 and "Traceback" not in err
 
 
-@pytest.mark.parametrize("no_color", ["", "1"])
-def test_a_terminal_gets_one_progress_line_and_a_pipe_plain_ones(tiny_run, start_process, no_color):
+def test_terminal_gets_one_progress_line_and_a_pipe_plain_lines(tiny_run, start_process):
     pty = pytest.importorskip("pty")
     main, secondary = pty.openpty()
-    env = {"TERM": "xterm", "NO_COLOR": no_color}
-    process = start_process("train.py", *tiny_run.flags, "--max_iters=4", stdout=secondary, env=env)
+    process = start_process("train.py", *tiny_run.flags, "--max_iters=4", stdout=secondary, env={"TERM": "xterm"})
     os.close(secondary)
     shown = b""
     try:
         while chunk := os.read(main, 4096):
             shown += chunk
     except OSError:
-        pass  # the terminal's end
+        pass  # the end of the terminal
     assert process.wait() == 0
     assert shown.count(b"\riter ") == 4 and b"eta" in shown
-    assert (b"\x1b[1mdone\x1b[0m: 4 steps" in shown) == (not no_color) and (b"\x1b" in shown) == (not no_color)
     plain = start_process("train.py", *tiny_run.flags, "--max_iters=4").communicate()[0]
-    assert plain.count("\niter ") == 4 and "\r" not in plain and "\x1b" not in plain
+    assert plain.count("\niter ") == 4 and "\r" not in plain

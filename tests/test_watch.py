@@ -1,4 +1,4 @@
-"""What a person sees of a run: the terminal, metrics, TensorBoard, wandb, pictures, samples of text."""
+"""What a run shows: terminal, metrics, TensorBoard, wandb, loss curves, samples of text."""
 
 import importlib.util
 import json
@@ -11,10 +11,10 @@ import torch
 from conftest import assert_same_state, metrics
 
 from data.shards import Dataset
-from model import BEST, GPT, LATEST, GPTConfig, read_checkpoint
+from model import BEST, LATEST, from_checkpoint, read_checkpoint
 
 
-def test_everything_is_in_metrics(train, tiny_run):
+def test_metrics_have_everything(train, tiny_run):
     train(tiny_run.flags, "--sample_interval=10")
     rows = metrics(tiny_run.out)
     steps = [r for r in rows if "loss" in r]
@@ -37,50 +37,49 @@ def test_everything_is_in_metrics(train, tiny_run):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_samples_and_pictures_change_nothing(train, tiny_run, tmp_path, compiled):
+def test_samples_and_plots_do_not_change_training(train, tiny_run, tmp_path, compiled):
     flags = [*tiny_run.flags, f"--compile={compiled}", "--n_layer=1", "--max_iters=6", "--eval_interval=3"]
     train(flags, "--sample_interval=0")
     more = ["--sample_interval=1", "--sample_prompt=Call me", "--loss_plot", "--tensorboard_log"]
     out = train(flags, *more, f"--out_dir={tmp_path / 'watched'}").out
     assert_same_state(read_checkpoint(tiny_run.out / LATEST), read_checkpoint(tmp_path / "watched" / LATEST))
-    assert not any("sample" in r for r in metrics(tiny_run.out)) and out.count("writes:\nCall me") == 6
+    assert not any("sample" in r for r in metrics(tiny_run.out)) and out.count(" sample:\nCall me") == 6
     assert (tmp_path / "watched" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_a_sample_is_what_the_model_of_that_step_writes(train, sample, tiny_run):
+def test_sample_equals_sample_py(train, sample, tiny_run):
     train(tiny_run.flags, "--sample_prompt=Call me")
     text = [r["sample"] for r in metrics(tiny_run.out) if "sample" in r][-1]
     flags = ("--start=Call me", "--num_samples=1", "--max_new_tokens=100", f"--init_from={tiny_run.out / LATEST}")
     assert sample(*flags).out == f"{text}\n---------------\n"
 
 
-def test_samples_want_a_prompt_that_can_be_spelled(script, tiny_run):
+def test_sample_prompt_must_be_encodable(script, tiny_run):
     result = script("train.py", *tiny_run.flags, "--sample_prompt=日本")
-    assert result.code == 2 and "sample_prompt: no token for '日' '本'" in result.err
+    assert result.code == 2 and "--sample_prompt: no token for '日' '本'" in result.err
 
 
-def test_curves_of_several_runs(script, train, tiny_run, tmp_path, monkeypatch):
+def test_plot_of_several_runs(script, train, tiny_run, tmp_path, monkeypatch):
     runs = [str(tmp_path / name) for name in ("a", "b")]
     for out_dir in runs:
         train(tiny_run.flags, f"--out_dir={out_dir}")
     with open(tmp_path / "b" / "metrics.jsonl", "a") as f:
         f.write('{"iter": 2')  # a line that a crash has cut off
     monkeypatch.chdir(tmp_path)
-    assert script("train.py", f"--plot={','.join(runs)}").out == "drawn: loss.png\n"
+    assert script("train.py", f"--plot={','.join(runs)}").out == "wrote loss.png\n"
     from matplotlib.image import imread
 
     picture = imread(tmp_path / "loss.png")[..., :3].reshape(-1, 3)
     for color in ((0x1F, 0x77, 0xB4), (0xFF, 0x7F, 0x0E)):  # a run each
         assert (abs(picture - torch.tensor(color).numpy() / 255).max(axis=1) < 0.01).sum() > 100
-    for out_dir in ("run_$a_$", "empty"):
-        (tmp_path / out_dir).mkdir()
-        (tmp_path / out_dir / "metrics.jsonl").write_text("[" * 10**5 + "\n")
-        assert script("train.py", f"--plot={out_dir}").code == 0
+    (tmp_path / "run_$a_$").mkdir()
+    (tmp_path / "run_$a_$" / "metrics.jsonl").write_text("\n")
+    assert script("train.py", "--plot=run_$a_$").code == 0
     result = script("train.py", "--plot=nowhere")
     assert result.code == 2 and "No such file or directory: nowhere/metrics.jsonl" in result.err
 
 
-def test_extras_that_are_absent_are_named(script, tiny_run, monkeypatch):
+def test_missing_extras_are_named(script, tiny_run, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
     for name in ("torch.utils.tensorboard", "wandb"):
@@ -113,7 +112,7 @@ def wandb_records(folder):
             whole = b""
 
 
-def test_wandb_offline_holds_the_run_and_a_resumed_one_continues_it(start_process, tiny_run, tmp_path):
+def test_wandb_offline_run_is_continued_on_resume(start_process, tiny_run, tmp_path):
     env = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_PROJECT": "mine", "WANDB_SILENT": "true"}
     for flags in (["--max_iters=10"], ["--init_from=resume"]):
         process = start_process("train.py", *tiny_run.flags, "--wandb_log", "--wandb_run_name=n", *flags, env=env)
@@ -138,7 +137,7 @@ def test_wandb_offline_holds_the_run_and_a_resumed_one_continues_it(start_proces
     assert sum("loss" in row for row in by_step.values()) == 20
 
 
-def test_tensorboard_holds_the_run(train, tiny_run):
+def test_tensorboard_has_the_run(train, tiny_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(tiny_run.flags, "--tensorboard_log", "--max_iters=10")
@@ -153,17 +152,15 @@ def test_tensorboard_holds_the_run(train, tiny_run):
     assert text.decode() == [r["sample"] for r in metrics(tiny_run.out) if "sample" in r][-1]
 
 
-def test_the_whole_validation_split_counts_every_token_once(train, tiny, tiny_run):
+def test_eval_iters_0_counts_every_validation_token_once(train, tiny, tiny_run):
     train(tiny_run.flags)
     result = train([], f"--init_from={tiny_run.out}", "--eval_only", "--eval_iters=0", "--device=cpu", "--batch_size=3")
     tokens = Dataset(tiny).split("val")
-    model, total = GPT.from_checkpoint(read_checkpoint(tiny_run.out / BEST)).eval(), 0.0
+    model, total = from_checkpoint(read_checkpoint(tiny_run.out / BEST)).eval(), 0.0
     for start in range(0, len(tokens) - 1, 16):
-        count = min(16, len(tokens) - 1 - start)
-        first = start if count == 16 else len(tokens) - 17  # the last ones are seen behind those before
-        xy = torch.from_numpy(tokens.read(first, 17).astype("int64"))[None]
+        xy = torch.from_numpy(tokens.read(start, min(17, len(tokens) - start)).astype("int64"))[None]
         logits, _ = model(xy[:, :-1], xy[:, 1:])
-        total += torch.nn.functional.cross_entropy(logits[0, -count:], xy[0, -count:], reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(logits[0], xy[0, 1:], reduction="sum").item()
     loss = total / (len(tokens) - 1)
     shown = re.search(r"val loss ([\d.]+), perplexity [\d.]+, ([\d.]+) bits per byte, ([\d,]+) tokens", result.out)
     assert (len(tokens) - 1) % 16 and int(shown[3].replace(",", "")) == len(tokens) - 1
@@ -171,7 +168,7 @@ def test_the_whole_validation_split_counts_every_token_once(train, tiny, tiny_ru
     assert float(shown[2]) == pytest.approx(loss / math.log(2), abs=2e-4)  # a character of the text is a byte
 
 
-def test_the_environment_sets_defaults_and_flags_win(script, train, tiny_run, monkeypatch):
+def test_environment_sets_defaults_and_flags_override(script, train, tiny_run, monkeypatch):
     for variable, value in (("SAVE_INTERVAL", "7"), ("MIXED_PRECISION", "false"), ("WANDB_PROJECT", "mine")):
         monkeypatch.setenv(variable, value)
     shown = script("train.py", "--help").out
@@ -179,15 +176,15 @@ def test_the_environment_sets_defaults_and_flags_win(script, train, tiny_run, mo
         assert line in shown
     flags = [flag for flag in tiny_run.flags if not flag.startswith("--dtype")]
     result = train(flags, "--max_iters=8")
-    assert "dtype float32 (as asked)" in result.out
+    assert "dtype float32 (as set)" in result.out
     assert read_checkpoint(tiny_run.out / "ckpt_prev.pt")["iter_num"] == 7
     config = read_checkpoint(tiny_run.out / LATEST)["config"]
     assert config["wandb_project"] == "mine" and config["save_interval"] == 7
     train(flags, "--save_interval=5", "--max_iters=6")
     assert read_checkpoint(tiny_run.out / "ckpt_prev.pt")["iter_num"] == 5
     for variable, message in (
-        ("SAVE_INTERVAL", "SAVE_INTERVAL: save_interval takes a whole number"),
-        ("MIXED_PRECISION", "MIXED_PRECISION takes true, yes"),
+        ("SAVE_INTERVAL", "SAVE_INTERVAL: save_interval must be an integer"),
+        ("MIXED_PRECISION", "MIXED_PRECISION must be one of true, false"),
     ):
         monkeypatch.setenv(variable, "perhaps")
         result = script("train.py", *flags)
@@ -198,56 +195,24 @@ def test_the_environment_sets_defaults_and_flags_win(script, train, tiny_run, mo
 @pytest.mark.parametrize(
     "flags, doubt",
     [
-        (["--gradient_accumulation_steps=16"], "more than four epochs"),
-        (["--learning_rate=0.5"], "learning_rate is high"),
-        (["--learning_rate=1e-7", "--min_lr=0.0"], "learning_rate is low"),
-        (["--min_lr=0.1"], "min_lr is above learning_rate"),
-        (["--warmup_iters=30"], "warmup_iters is past max_iters"),
-        (["--lr_decay_iters=30"], "lr_decay_iters is past max_iters"),
+        (["--gradient_accumulation_steps=16"], "more than 4 epochs"),
+        (["--min_lr=0.1"], "min_lr exceeds learning_rate"),
+        (["--warmup_iters=30"], "warmup_iters >= max_iters"),
+        (["--lr_decay_iters=30"], "lr_decay_iters exceeds max_iters"),
         (["--min_lr=0.001"], None),
     ],
 )
-def test_doubtful_settings_are_named_and_nothing_else(script, tiny_run, flags, doubt):
+def test_doubtful_settings_give_one_warning(script, tiny_run, flags, doubt):
     result = script("train.py", *tiny_run.flags, "--min_lr=0.001", *flags)
     warnings = [line for line in result.out.splitlines() if line.startswith("WARNING")]
     assert [w for w in warnings if doubt and doubt in w] == warnings and len(warnings) == bool(doubt)
 
 
-def test_the_summary(train, tiny_run):
+def test_setup_is_printed(train, tiny_run):
     out = train(tiny_run.flags, "--max_iters=10").out
     for line in (
-        r"device   cpu \(.*\), dtype float32 \(as asked\)", r"compile  False", r"data     .*tiny0, [\d,]+ tokens to",
-        r"model    0.01M parameters, 2 layers, 2 heads, 16 wide", r"step     128 tokens, 2 x 4 x 16",
-        r"run      10 steps, 0.\d+ epochs", r"memory   about 0.00 GiB of tensors",
+        r"device cpu \(.*\), dtype float32 \(as set\)", r"data .*tiny0: [\d,]+ training tokens, [\d,]+ validation tokens",
+        r"model 0.01M parameters: 2 layers, 2 heads, 16 channels",
+        r"run 10 steps of 128 tokens \(2 x 4 x 16\), 0.\d+ epochs",
     ):  # fmt: skip
         assert re.search(f"^{line}", out, re.MULTILINE), line
-
-
-@pytest.mark.parametrize("bfloat16", [False, True])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(dropout=0.0),
-        dict(dropout=0.1, block_size=320),
-        dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=1, block_size=320),
-    ],
-)
-def test_memory_is_estimated(settings, bfloat16):
-    shape = dict(n_layer=6, n_head=4, n_embd=128, block_size=128, vocab_size=65, bias=False) | settings
-    model, T, kept = GPT(GPTConfig(**shape)), shape["block_size"], {}
-    idx = torch.zeros(4, T, dtype=torch.int64)
-    with (
-        torch.autograd.graph.saved_tensors_hooks(
-            lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
-        ),
-        torch.autocast("cpu", torch.bfloat16, enabled=bfloat16),
-    ):
-        model(idx, idx, return_logits=False)
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in known)
-    weights = 4 * sum(p.nbytes for p in model.parameters())
-    estimate = model.training_bytes(4, T, 2 if bfloat16 else 4)
-    assert estimate - weights == pytest.approx(kept, rel=0.25)
-    assert model.training_bytes(4, T, 4, shards=2) == model.training_bytes(4, T, 4) - weights / 2
-    model.gradient_checkpointing = True
-    assert weights < model.training_bytes(4, T, 2 if bfloat16 else 4) < weights + (estimate - weights) / 2

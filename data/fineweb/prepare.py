@@ -1,15 +1,16 @@
 """
-Prepare FineWeb, cleaned pages of the web, in GPT-2's tokens.
+Prepare FineWeb, filtered web pages, in GPT-2 tokens.
 
-    python data/fineweb/prepare.py --pretokenized --files=10       ready-made tokens: 1 billion, 2 GB
+    python data/fineweb/prepare.py --pretokenized --files=10       1 billion tokens, ready-made: 2 GB
     python data/fineweb/prepare.py                                 from text, with any --tokenizer
     python data/fineweb/prepare.py --num_samples=20000 --val_share=0.01
 
---pretokenized fetches files of kjj0/fineweb10B-gpt2 on the Hugging Face Hub, on which the records of modded-nanogpt are
-trained: one for validation and --files=103 for training, of 100 million tokens and 200 MB each. To get more of them
-later, add --force, which keeps those that are there. Without --pretokenized the sample of 10 billion tokens of
-HuggingFaceFW/fineweb is read, 15 parquet files (31 GB, nothing of them is kept) with 14.9 million pages, one in 2,000
-of them for validation: about 10 billion tokens, 20 GB.
+--pretokenized downloads files of kjj0/fineweb10B-gpt2 from the Hugging Face Hub, as modded-nanogpt does: one for
+validation and --files=103 for training, each of 100 million tokens and 200 MB. Add --force to get more files later,
+without downloading the first ones again.
+
+Otherwise streams the 10-billion-token sample of HuggingFaceFW/fineweb, 15 parquet files (31 GB, not kept): 14.9 million
+pages, one in 2,000 for validation. Expect about 10 billion tokens, 20 GB.
 """
 
 import os
@@ -22,51 +23,57 @@ from tqdm import tqdm
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, "..", ".."))
 from data.documents import Files  # noqa: E402
-from data.preparation import CORPUS, begin, prepare_script, replace, sha256_of, write_dataset, write_json  # noqa: E402  # noqa: E402
-from data.shards import PREPARING, FolderLock  # noqa: E402
+from data.preparation import CORPUS, begin, finish, prepare_script, sha256_of, write_dataset  # noqa: E402
+from data.shards import FolderLock  # noqa: E402
 
 HUB = "hf://datasets/HuggingFaceFW/fineweb/sample/10BT/*.parquet"
 READY = "kjj0/fineweb10B-gpt2"
+DOWNLOADS = os.path.join(here, ".download")
 
 
 def fetch_tokens(count, force):
-    """Download ready-made files of tokens: one for validation and `count` for training."""
-    from huggingface_hub import hf_hub_download
-
+    """Download token files: one for validation and `count` for training."""
     names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1))]
+    recipe = {"repository": READY, "files": count}
     with FolderLock(here):
-        state = begin(here, {"repository": READY, "files": count}, force)
+        state = begin(here, recipe, force)
         if state is None:
             return
-        write_json(os.path.join(here, PREPARING), state)
-        files, aside = {}, os.path.join(here, ".download")
+        state.save(here)
+        files = {}
         for name in tqdm(names, desc="downloading", unit=" files"):
-            path = os.path.join(here, name)
-            if not any(map(os.path.exists, (path, path + ".tmp"))):
-                try:
-                    hf_hub_download(READY, name, repo_type="dataset", local_dir=aside)
-                except Exception as e:  # of the library that it uses for the network
-                    raise OSError(
-                        f"cannot fetch {name} of {READY} ({e}): the same command carries on from here"
-                    ) from None
-                os.replace(os.path.join(aside, name), path + ".tmp")
-            path = path if os.path.exists(path) else path + ".tmp"
-            files[name] = {"tokens": int(np.fromfile(path, "<i4", 3)[2]), "sha256": sha256_of(path)}
+            files[name] = fetch(name)
         tokenizer = {"kind": "tiktoken", "name": "gpt2"}
-        meta = {"vocab_size": 50257, "dtype": "uint16", "tokenizer": tokenizer, "source": READY, "files": files}
-        state |= {"replacing": True, "meta": meta | {"recipe": state["recipe"]}}
-        write_json(os.path.join(here, PREPARING), state)
-        replace(here, state["meta"])
-        shutil.rmtree(aside, ignore_errors=True)
+        state.meta = {"vocab_size": 50257, "dtype": "uint16", "tokenizer": tokenizer, "source": READY, "files": files}
+        state.meta["recipe"] = recipe
+        finish(here, state)
+        shutil.rmtree(DOWNLOADS, ignore_errors=True)
+
+
+def fetch(name):
+    """Download a file, unless it is there, as <name>.tmp. Return what meta.json says about it."""
+    from huggingface_hub import hf_hub_download
+
+    path = os.path.join(here, name)
+    if not os.path.exists(path):
+        path += ".tmp"
+    if not os.path.exists(path):
+        try:
+            hf_hub_download(READY, name, repo_type="dataset", local_dir=DOWNLOADS)
+        except Exception as e:  # the network raises many types
+            raise OSError(f"cannot download {name} of {READY} ({e}); run the same command again to resume") from None
+        os.replace(os.path.join(DOWNLOADS, name), path)
+    return {"tokens": int(np.fromfile(path, "<i4", 3)[2]), "sha256": sha256_of(path)}
 
 
 if __name__ == "__main__":
     with prepare_script(__doc__, "input", *CORPUS, val_share=0.0005, pretokenized=False, files=103) as args:
         if not 1 <= args.files <= 103:
-            raise ValueError(f"--files takes a number from 1 to 103, not {args.files}")
-        if args.pretokenized:
-            if args.input or args.num_samples or args.shard_tokens or args.tokenizer != "gpt2":
-                raise ValueError("ready-made tokens are GPT-2's: --pretokenized goes with --files and --force alone")
-            fetch_tokens(args.files, args.force)
+            raise ValueError(f"--files={args.files} is not between 1 and 103")
+        if not args.pretokenized:
+            source = args.input or HUB
+            write_dataset(here, Files({None: [source]}, args), args, source)
+        elif args.input or args.num_samples or args.shard_tokens or args.tokenizer != "gpt2":
+            raise ValueError("--pretokenized has GPT-2 tokens and takes no options except --files and --force")
         else:
-            write_dataset(here, Files({None: [args.input or HUB]}, args), args, source=args.input or HUB)
+            fetch_tokens(args.files, args.force)

@@ -1,12 +1,12 @@
 """
-Prepare OpenWebText, the open remake of what GPT-2 was trained on, in GPT-2's tokens.
+Prepare OpenWebText, the open version of GPT-2's training data, in GPT-2 tokens.
 
     python data/openwebtext/prepare.py
-    python data/openwebtext/prepare.py --num_samples=20000 --val_share=0.01      to try it: one of 80 files is enough
+    python data/openwebtext/prepare.py --num_samples=20000 --val_share=0.01      a trial: reads one of 80 files
 
-Reads 80 parquet files of Skylion007/openwebtext on the Hugging Face Hub (24 GB, nothing of them is kept): 8,013,769
-documents, one in 2,000 of them for validation. Expect about 9.04 billion tokens, 18 GB: 9,035,582,198 + 4,434,897 are
-what nanoGPT made of them, with another choice of documents for validation.
+Streams 80 parquet files of Skylion007/openwebtext from the Hugging Face Hub (24 GB, not kept): 8,013,769 documents, one
+in 2,000 for validation. Expect about 9.04 billion tokens, 18 GB. nanoGPT has 9,035,582,198 + 4,434,897, with other
+documents for validation.
 """
 
 import os
@@ -21,4 +21,5 @@ HUB = "hf://datasets/Skylion007/openwebtext/plain_text/train-*.parquet"
 
 if __name__ == "__main__":
     with prepare_script(__doc__, "input", *CORPUS, val_share=0.0005) as args:
-        write_dataset(here, Files({None: [args.input or HUB]}, args), args, source=args.input or HUB)
+        source = args.input or HUB
+        write_dataset(here, Files({None: [source]}, args), args, source)

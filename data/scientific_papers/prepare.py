@@ -1,13 +1,13 @@
 """
-Prepare abstracts of scientific papers from arXiv, in GPT-2's tokens.
+Prepare abstracts of scientific papers from arXiv, in GPT-2 tokens.
 
     python data/scientific_papers/prepare.py --num_samples=20000
     python data/scientific_papers/prepare.py --source=arxiv --query="cat:cs.CL" --num_samples=2000
 
-Reads the parquet files of gfissore/arxiv-abstracts-2021 on the Hugging Face Hub, of which only the abstracts travel,
-about 1 GB: 1,999,486 of them, to the end of 2021, about 0.4 billion tokens. --source=arxiv asks the API of arXiv
-instead (https://info.arxiv.org/help/api), 1,000 papers without --num_samples, and keeps the answers beside this file,
-to go on from there the next time. Line breaks become spaces. One abstract in 100 is for validation.
+Streams the abstracts (about 1 GB) of gfissore/arxiv-abstracts-2021 from the Hugging Face Hub: 1,999,486 until the end
+of 2021, about 0.4 billion tokens. --source=arxiv queries the arXiv API instead (https://info.arxiv.org/help/api), 1,000
+papers by default, and keeps the answers in this folder, where the next call resumes. Line breaks become spaces. One
+abstract in 100 is for validation.
 """
 
 import json
@@ -28,13 +28,13 @@ from data.preparation import CORPUS, prepare_script, write_dataset  # noqa: E402
 HUB = "hf://datasets/gfissore/arxiv-abstracts-2021@refs/convert/parquet/default/train/*.parquet"
 API = "https://export.arxiv.org/api/query"
 ATOM, SEARCH = "{http://www.w3.org/2005/Atom}", "{http://a9.com/-/spec/opensearch/1.1/}"
-PAUSE, PAGE = 3, 200  # seconds between requests, papers in an answer
+PAUSE, PAGE = 3, 200  # seconds between requests, papers per answer
 
 
 def ask(query, start, count):
-    """Papers start .. start + count - 1 for a query: how many there are in all, and a list of dicts."""
-    wanted = dict(search_query=query, start=start, max_results=count, sortBy="submittedDate", sortOrder="ascending")
-    request = urllib.request.Request(f"{API}?{urllib.parse.urlencode(wanted)}", headers={"User-Agent": "plainGPT"})
+    """Query `count` papers from number `start` on. Return (number of papers in all, list of dicts)."""
+    params = dict(search_query=query, start=start, max_results=count, sortBy="submittedDate", sortOrder="ascending")
+    request = urllib.request.Request(f"{API}?{urllib.parse.urlencode(params)}", headers={"User-Agent": "plainGPT"})
     for attempt in range(1, 6):  # it fails now and then
         time.sleep(PAUSE * attempt)
         try:
@@ -43,25 +43,27 @@ def ask(query, start, count):
         except (OSError, ElementTree.ParseError) as e:
             failure = e
             continue
-        entries, total = feed.findall(ATOM + "entry"), int(feed.findtext(SEARCH + "totalResults", "0"))
-        parts = {"id": "id", "title": "title", "abstract": "summary"}
-        papers = [{ours: entry.findtext(ATOM + theirs, "") for ours, theirs in parts.items()} for entry in entries]
+        total = int(feed.findtext(SEARCH + "totalResults", "0"))
+        fields = {"id": "id", "title": "title", "abstract": "summary"}  # ours: theirs
+        entries = feed.findall(ATOM + "entry")
+        papers = [{name: entry.findtext(ATOM + tag, "") for name, tag in fields.items()} for entry in entries]
         if papers and "/api/errors" in papers[0]["id"]:
-            raise ValueError(f"arXiv does not understand --query={query}: {papers[0]['abstract']}")
+            raise ValueError(f"arXiv rejects --query={query}: {papers[0]['abstract']}")
         if papers or total <= start:
             return total, papers
-        failure = "it answers with nothing"
-    raise OSError(f"{API} cannot be asked ({failure}): the same command carries on from here, --input= takes files")
+        failure = "empty answer"
+    raise OSError(f"cannot query {API} ({failure}); run the same command again to resume, or use --input=FILE")
 
 
 def fetch(query, count):
-    """The path of a .jsonl file with the first `count` abstracts for a query, or all if there are fewer."""
+    """Download the first `count` abstracts for a query. Return the path of the .jsonl file."""
     path = os.path.join(here, f"arxiv-{urllib.parse.quote(query, safe='')}.jsonl")
-    with open(path, "ab+") as f, tqdm(total=count, desc="asking arXiv", unit=" papers") as bar:
+    with open(path, "ab+") as f, tqdm(total=count, desc="querying arXiv", unit=" papers") as bar:
+        # keep the whole lines of an interrupted call
         f.seek(0)
-        lines = [line for line in f if line.endswith(b"\n")]  # an interruption may have left half a one
-        if sum(map(len, lines)) < os.path.getsize(path):
-            f.truncate(sum(map(len, lines)))
+        lines = [line for line in f if line.endswith(b"\n")]
+        f.truncate(sum(map(len, lines)))
+
         n, total = len(lines), count
         bar.update(n)
         while n < min(count, total):
@@ -77,7 +79,7 @@ if __name__ == "__main__":
     options = dict(column="abstract", val_share=0.01, source="hub", query="cat:cs.LG")
     with prepare_script(__doc__, "input", *CORPUS, **options) as args:
         if args.source not in ("hub", "arxiv"):
-            raise ValueError(f"--source takes hub or arxiv, not {args.source}")
+            raise ValueError(f"--source={args.source} is not hub or arxiv")
         source = args.input or HUB
         if args.source == "arxiv" and not args.input:
             args.num_samples = args.num_samples or 1000

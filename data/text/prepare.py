@@ -1,19 +1,21 @@
 """
-Prepare text of your own: files, folders (with all that is in them), patterns in quotes, - for standard input.
+Prepare your own text: files, folders with their subfolders, quoted patterns, or - for standard input.
 
     python data/text/prepare.py book.txt --name=book --tokenizer=char
     python data/text/prepare.py notes/ '*.jsonl.gz' book.txt --name=mine --tokenizer=bpe:8192
     zcat logs.gz | python data/text/prepare.py - --name=logs
     python train.py config/train_shakespeare_char_cpu.py --dataset=mine
 
-txt and md hold a document each, or several with <|endoftext|> between them; jsonl, csv, tsv and parquet a document a
-row, in --column=text. .gz and .zst are unpacked. Whatever has another ending is text, unless --format says otherwise.
-What cannot be read is left out and counted.
+txt and md files contain one document, or several with <|endoftext|> between them. jsonl, csv, tsv and parquet files
+contain one document per row, in --column=text. .gz and .zst files are decompressed. Files with other endings are text,
+unless you set --format. Unreadable rows and bytes are left out and counted.
 
---tokenizer is gpt2 or another encoding of tiktoken, char, bpe:N (N tokens learned from this text, 512 to 32768 for most
-purposes), a tokenizer.json, a SentencePiece .model, the folder of a dataset (data/mine) or of a model, or a name on the
-Hugging Face Hub. char and bpe:N read all of the text twice. One passage of 4,000 characters in ten, chosen by a hash of
-its text, is for validation, and one row in ten: --val_share.
+--tokenizer is gpt2 or another encoding of tiktoken; char; bpe:N, which learns N tokens from this text (512 to 32768 for
+most purposes); a tokenizer.json; a SentencePiece .model; a dataset folder such as data/mine; a model folder; or a name
+on the Hugging Face Hub. char and bpe:N read the text twice.
+
+--val_share=0.1 uses one in ten documents for validation, chosen by a hash of the text. Text files are split into
+passages of 4,000 characters first.
 """
 
 import os
@@ -25,8 +27,8 @@ from data.documents import Files  # noqa: E402
 from data.preparation import CORPUS, prepare_script, write_dataset  # noqa: E402
 
 if __name__ == "__main__":
-    with prepare_script(__doc__, *CORPUS, inputs=[], name="text", format="") as args:
+    with prepare_script(__doc__, "inputs", "name", "format", *CORPUS) as args:
         if not args.inputs:
-            raise ValueError("say which text: python data/text/prepare.py book.txt; --help tells more")
+            raise ValueError("no input; use python data/text/prepare.py book.txt, or see --help")
         folder = os.path.join(os.path.dirname(here), args.name)
         write_dataset(folder, Files({None: args.inputs}, args), args, source=" ".join(args.inputs))

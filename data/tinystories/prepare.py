@@ -1,14 +1,14 @@
 """
-Prepare TinyStories, short stories in the words of a four-year-old, from which a GPT of a few million parameters learns
-to write (https://arxiv.org/abs/2305.07759).
+Prepare TinyStories: short stories in the vocabulary of a four-year-old, from which GPTs of a few million parameters
+learn to write (https://arxiv.org/abs/2305.07759).
 
     python data/tinystories/prepare.py --tokenizer=bpe:4096
     python data/tinystories/prepare.py --num_samples=50000
 
-Reads 5 parquet files of roneneldan/TinyStories on the Hugging Face Hub (1 GB, nothing of them is kept): 2,119,719
-stories and 21,990 more for validation. The tokens are GPT-2's without --tokenizer: expect 474.0 million and 4.77
-million; a small vocabulary suits a small model, and is learned in a reading of its own. With --input= or --num_samples=
-one story in 100 is for validation instead.
+Streams 5 parquet files of roneneldan/TinyStories from the Hugging Face Hub (1 GB, not kept): 2,119,719 stories, and
+21,990 for validation. Without --tokenizer expect 474.0 million GPT-2 tokens, and 4.77 million for validation. Small
+models need a small vocabulary; bpe:4096 learns one by reading the stories once more. With --input or --num_samples, one
+story in 100 is for validation instead.
 """
 
 import os
