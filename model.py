@@ -1,12 +1,10 @@
 """
-The GPT model. Lines 1 to 355 are the model and nothing else: hyperparameters, blocks, forward pass, generation.
-Skip the rest until you need it: optimizers, weights in and out (checkpoints, Hugging Face), LoRA, checkpoint files,
-FLOPs and memory, and the appendix with the same mathematics, faster.
+The GPT model, with the architectures of GPT-2, Llama and Qwen3. Sections 1 to 5 are the model and nothing else.
+Skip the rest until you need it: optimizers, weights in and out, LoRA, checkpoint files, FLOPs, and an appendix of
+kernels: functions that compute the same, faster.
 
 Shape letters: B sequences of T tokens, C = n_embd channels, H heads of D = head_dim channels, S keys that a query
 can attend to, V tokens in the vocabulary.
-
-References: GPT-2, https://github.com/openai/gpt-2/blob/master/src/model.py; Llama, https://arxiv.org/abs/2302.13971.
 """
 
 import contextlib
@@ -57,11 +55,13 @@ class GPTConfig:
     rope_scaling: tuple = ()  # Llama 3.1: factor, low_freq_factor, high_freq_factor, original block_size
 
     def __post_init__(self):
-        check_config(self)
+        check_config(self)  # see section 7
+        # defaults that follow from other fields
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_kv_head = self.n_kv_head or self.n_head
-        if not self.n_hidden:  # swiglu has three matrices; 8/3 * n_embd gives it as many weights as two of 4 * n_embd
-            self.n_hidden = 8 * math.ceil(self.n_embd / 3) if self.mlp == "swiglu" else 4 * self.n_embd
+        # swiglu has three matrices: at 8/3 * n_embd they have as many weights as two at 4 * n_embd
+        default_width = 8 * math.ceil(self.n_embd / 3) if self.mlp == "swiglu" else 4 * self.n_embd
+        self.n_hidden = self.n_hidden or default_width
 
 
 # -----------------------------------------------------------------------------
@@ -101,7 +101,7 @@ ACTIVATIONS = {
 
 
 def rope_angles(pos, config):
-    """Return cosines and signed sines, (T, D) each, for positions pos, (T,) (https://arxiv.org/abs/2104.09864)."""
+    """Return cosines and signed sines, (T, D) each, of positions pos, (T,) (https://arxiv.org/abs/2104.09864)."""
     exponents = torch.arange(0, config.head_dim, 2, device=pos.device).float() / config.head_dim
     freqs = 1.0 / config.rope_theta**exponents  # radians per position, (D/2,)
     if config.rope_scaling:
@@ -147,17 +147,20 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rope=None, mask=None, cache=None, pos=None):
         B, T, C = x.size()
-        heads = (self.n_head, self.n_kv_head, self.n_kv_head)
-        q, k, v = self.c_attn(x).split([n * self.head_dim for n in heads], dim=2)
+        # queries, keys and values of all heads, with the heads as a batch dimension
+        sizes = [n * self.head_dim for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
+        q, k, v = self.c_attn(x).split(sizes, dim=2)
         q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, D)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, D)
+        # normalize, rotate, and append to the keys and values of earlier tokens
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(k, v, pos)  # (B, n_kv_head, S, D)
-        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        # causal self-attention: (B, H, T, D) x (B, n_kv_head, S, D) -> (B, H, T, D)
+        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, -1)  # concatenate the heads
         return self.resid_dropout(self.c_proj(y))
 
@@ -251,12 +254,14 @@ class GPT(nn.Module):
         S = caches[0].length if caches else T
         mask = None if S == T else pos[:, None] >= torch.arange(S, device=idx.device)  # (T, S); None: causal
 
+        # transformer blocks
         for i, block in enumerate(self.transformer.h):
             x = block(x, rope, mask, caches[i] if caches else None, pos)
         x = self.transformer.ln_f(x)
 
+        # output layer and loss; generation needs the logits of the last position only
         if targets is None:
-            return self.lm_head(x[:, [-1]]), None  # generation needs the last position only
+            return self.lm_head(x[:, [-1]]), None
         if not return_logits:
             return None, linear_cross_entropy(x, self.lm_head.weight, targets)  # see the appendix
         logits = self.lm_head(x)  # (B, T, V)
@@ -294,6 +299,7 @@ class GPT(nn.Module):
         context, caches = idx[:, -block_size:], None
         finished = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
+            # logits of the next token: of the whole context at first, then one token at a time
             if context.size(1) > block_size:
                 context, caches = context[:, slide:], None
             if caches is None:
@@ -302,6 +308,7 @@ class GPT(nn.Module):
                 logits = self.prefill(context, caches)
             else:
                 logits = self.decode_one_token(context[:, -1], context.size(1) - 1, caches)
+            # sample it, and append it to the context
             token = sample_next(logits, temperature, top_k, top_p, generator)
             if stop is not None:
                 token = token.masked_fill(finished, stop)
@@ -339,17 +346,21 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
     temperature 0: greedy. top_k: keep the k most likely tokens. top_p: keep the fewest tokens whose probabilities
     sum to p (nucleus sampling, https://arxiv.org/abs/1904.09751). None or 0 turns either off.
     """
-    if temperature < 1e-30:  # 0 in float32
+    # greedy; so is a temperature that is 0 in float32
+    if temperature < 1e-30:
         return logits.argmax(dim=-1)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)).float() / temperature  # the maximum 0 cannot overflow
+    # the largest logit becomes 0, so that a low temperature cannot overflow
+    logits = (logits - logits.amax(dim=-1, keepdim=True)).float() / temperature
+    # crop the logits to the k most likely tokens
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
         logits = logits.masked_fill(logits < kth, -math.inf)
+    # crop them to the nucleus; the most likely token is always in it
     if top_p:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(dim=-1)
         outside = probs.cumsum(dim=-1) - probs >= top_p  # tokens outside the nucleus
-        outside[:, 0] = False  # keep at least one
+        outside[:, 0] = False
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
     # inverse-CDF sampling: one random number per row (torch.multinomial draws V)
     cdf = logits.softmax(dim=-1).cumsum(dim=-1)
@@ -366,19 +377,21 @@ def configure_optimizers(model, weight_decay, learning_rate, betas, device_type,
 
     Matrices and embeddings decay, biases and norms do not. Muon computes in `dtype`.
     """
+    # every parameter that is trained is in one group
     params = [p for p in model.parameters() if p.requires_grad]
-    hidden = {id(p) for p in model.transformer.h.parameters() if muon and p.dim() == 2}
+    hidden_ids = {id(p) for p in model.transformer.h.parameters() if muon and p.dim() == 2}
+    hidden = [p for p in params if id(p) in hidden_ids]
+    decay = [p for p in params if p.dim() >= 2 and id(p) not in hidden_ids]
+    no_decay = [p for p in params if p.dim() < 2]
     groups = [
-        dict(
-            kind="adamw", params=[p for p in params if p.dim() >= 2 and id(p) not in hidden], weight_decay=weight_decay
-        ),
-        dict(kind="adamw", params=[p for p in params if p.dim() < 2], weight_decay=0.0),
+        dict(kind="adamw", params=decay, weight_decay=weight_decay),
+        dict(kind="adamw", params=no_decay, weight_decay=0.0),
     ]
     if muon:
-        matrices = [p for p in params if id(p) in hidden]
-        groups.append(dict(kind="muon", params=matrices, weight_decay=weight_decay, momentum=0.95))
-    fused = device_type in ("cuda", "cpu")  # on MPS the fused kernel ignores the skipped steps of loss scaling
-    options = dict(lr=learning_rate, betas=betas, fused=fused)
+        groups.append(dict(kind="muon", params=hidden, weight_decay=weight_decay, momentum=0.95))
+
+    # one fused kernel per step; on MPS it ignores the steps that loss scaling skips
+    options = dict(lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
     return Muon(groups, dtype, **options) if muon else AdamW(groups, **options)
 
 
@@ -405,6 +418,7 @@ class Muon(AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
+        # AdamW's step() sees its own groups only
         all_groups = self.param_groups
         self.param_groups = [group for group in all_groups if group["kind"] == "adamw"]
         super().step()
@@ -414,7 +428,7 @@ class Muon(AdamW):
                 self.muon_step(group)
 
     def muon_step(self, group):
-        # stack matrices of the same shape; sharded ones are gathered one by one
+        # Nesterov momentum; matrices of the same shape are stacked, sharded ones gathered one by one
         batches = {}
         for p in group["params"]:
             state = self.state[p]
@@ -422,11 +436,12 @@ class Muon(AdamW):
                 state.update(step=torch.tensor(0.0), momentum_buffer=torch.zeros_like(p))
             state["step"] += 1  # AdamW's load_state_dict() requires it
             momentum = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-            update = p.grad.lerp(momentum, group["momentum"])  # Nesterov
+            update = p.grad.lerp(momentum, group["momentum"])
             sharded = hasattr(update, "full_tensor")
             key = p if sharded else p.shape
             batches.setdefault(key, []).append((p, update.full_tensor() if sharded else update))
 
+        # orthogonalize, scale and apply
         for batch in batches.values():
             params, updates = zip(*batch, strict=True)
             updates = orthogonalize(torch.stack(updates).to(self.dtype))
@@ -442,9 +457,10 @@ def orthogonalize(matrices):
     Five Newton-Schulz iterations: each singular value s becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5.
     Example: diag(3, 0.5) -> about diag(1, 1)
     """
+    # the iteration works on wide matrices whose singular values are at most 1
     tall = matrices.size(1) > matrices.size(2)
     X = matrices.mT if tall else matrices
-    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most 1
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
@@ -467,10 +483,13 @@ def load_optimizer_state(optimizer, saved):
 
     ValueError if it does not match: fused kernels do not check shapes.
     """
+    # both must have the same groups of parameters
     mismatch = ValueError("the optimizer state does not match this model and optimizer")
     groups = optimizer.state_dict()["param_groups"]
     if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
         raise mismatch
+
+    # copy the moments of each parameter, if their shapes match
     moments = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
     params = [(p, moments[group["kind"]]) for group in optimizer.param_groups for p in group["params"]]
     state = {}
@@ -584,24 +603,23 @@ def from_checkpoint(checkpoint, **override):
     # torch.compile and DDP prefix the names; old GPT-2 checkpoints contain attention masks
     weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
     weights = {k: v for k, v in weights.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
-    with torch.device("meta"):  # no memory and no time for weights that are replaced
+    weights = {k: torch.empty(v.shape).copy_(v) for k, v in weights.items()}  # v may be mapped from the file
+
+    # on the meta device, initialization takes no memory and no time
+    with torch.device("meta"):
         model = GPT(config)
-    check_shapes(weights, model.state_dict())
-    weights = {k: torch.empty(v.shape).copy_(v) for k, v in weights.items()}  # copies: v may be mapped from the file
-    model.load_state_dict(weights, assign=True)
+    load_weights(model, weights)
     model.tie_weights()
     return model.requires_grad_(True)
 
 
-def check_shapes(weights, expected):
-    """Raise ValueError naming the tensors that are missing, unexpected or of another shape."""
-    found = {k: tuple(v.shape) for k, v in weights.items()}
-    expected = {k: tuple(v.shape) for k, v in expected.items()}
-    wrong = [k for k in sorted(found.keys() | expected.keys()) if found.get(k) != expected.get(k)]
-    if wrong:
-        lines = [f"{k}: expected {expected.get(k, 'nothing')}, got {found.get(k, 'nothing')}" for k in wrong]
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise ValueError("the weights do not fit the model: " + "; ".join(lines[:4]) + more)
+def load_weights(model, weights, **options):
+    """Load a state_dict; ValueError names the tensors that are missing, unexpected or of another shape."""
+    try:
+        return model.load_state_dict(weights, assign=True, **options)
+    except RuntimeError as e:
+        lines = str(e).replace("\t", " ").split("\n")[1:5]
+        raise ValueError(f"the weights do not fit the model: {' '.join(lines)}") from None
 
 
 def crop_block_size(model, block_size):
@@ -671,6 +689,8 @@ def from_pretrained(name, override_args=None):
 
     hf_config = load_hf_config(name)
     config = GPTConfig(**from_hf_config(hf_config) | (override_args or {}))
+
+    # let transformers read the files; it reports the weights that do not fit
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     options = dict(output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False)
@@ -704,6 +724,7 @@ def save_pretrained(model, folder, eot=None):
     """
     import transformers
 
+    # an empty model of transformers, filled with views of our weights
     hf_config = to_hf_config(model.config, eot)
     with torch.device("meta"):
         hf = transformers.AutoModelForCausalLM.from_config(hf_config)
@@ -717,7 +738,7 @@ def save_pretrained(model, folder, eot=None):
     hf.generation_config = transformers.GenerationConfig(bos_token_id=eot, eos_token_id=eot)
     hf.save_pretrained(folder)
 
-    # names that other readers of config.json expect: llama.cpp, and transformers before version 5
+    # field names that llama.cpp and transformers before version 5 expect in config.json
     path = os.path.join(folder, "config.json")
     with open(path, encoding="utf-8") as f:
         values = json.load(f)
@@ -760,6 +781,7 @@ def from_hf_config(hf):
     """
     if hf.model_type not in ("gpt2", "llama", "qwen3"):
         raise ValueError(f"unsupported model type {hf.model_type} (supported: gpt2, llama, qwen3)")
+    # what must be as it is here
     allowed = dict(quantization_config=[None], scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False])
     allowed |= dict(add_cross_attention=[False], activation_function=HF_ACTIVATIONS)  # GPT-2's
     allowed |= dict(hidden_act=["silu"], use_sliding_window=[False])  # Llama's and Qwen3's
@@ -775,6 +797,7 @@ def from_hf_config(hf):
     if wrong:
         raise ValueError(f"this {hf.model_type} model uses unsupported settings: {', '.join(wrong)}")
 
+    # translate the names of the fields
     names = GPT2_FIELDS if hf.model_type == "gpt2" else LLAMA_FIELDS
     fields = {ours: getattr(hf, theirs) for ours, theirs in names.items() if getattr(hf, theirs) is not None}
     if hf.model_type == "gpt2":
@@ -789,6 +812,7 @@ def to_hf_config(config, eot=None):
     """Return the transformers config of a GPTConfig. ValueError if no architecture there fits."""
     import transformers
 
+    # the architecture that comes closest
     if config.position == "learned":
         model_type, allowed = "gpt2", dict(norm=["layernorm"], mlp=["gelu", "gelu_tanh"], qk_norm=[False])
         allowed |= dict(n_kv_head=[config.n_head], head_dim=[config.n_embd // config.n_head])
@@ -800,6 +824,7 @@ def to_hf_config(config, eot=None):
     if wrong:
         raise ValueError(f"cannot export: {model_type}, the closest architecture, has no {', '.join(wrong)}")
 
+    # translate the names of the fields
     names = GPT2_FIELDS if model_type == "gpt2" else LLAMA_FIELDS
     fields = {theirs: getattr(config, ours) for ours, theirs in names.items()}
     fields |= dict(bos_token_id=eot, eos_token_id=eot)
@@ -833,12 +858,14 @@ def add_lora(model, base, rank, alpha, dropout, targets, checksum=None):
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise ValueError("LoRA needs the peft library: pip install peft") from None
+    # targets are names such as c_attn, or paths in a block such as attn.c_proj
     paths = [name for name, module in model.transformer.h[0].named_modules() if isinstance(module, Linear)]
     choices = sorted({path.split(".")[-1] for path in paths}) + paths
     for name in targets.split(","):
         if name not in choices:
             raise ValueError(f"lora_targets must be some of {', '.join(choices)}, got {name}")
 
+    # peft puts the adapters in place; without dropout our forward pass is faster than its own
     checksum = checksum or weights_checksum(model)
     model.lora = dict(base=base, rank=rank, alpha=alpha, dropout=dropout, targets=targets, checksum=checksum)
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets.split(","))
@@ -912,8 +939,8 @@ def load_lora_checkpoint(checkpoint, **override):
     if checkpoint["model_args"]["block_size"] < model.config.block_size:
         crop_block_size(model, checkpoint["model_args"]["block_size"])
     add_lora(model, **lora)
-    check_shapes(checkpoint["model"], weights_to_save(model))
-    model.load_state_dict({k: v.float() for k, v in checkpoint["model"].items()}, strict=False)
+    load_weights(model, model.state_dict() | {k: v.float() for k, v in checkpoint["model"].items()})
+    model.tie_weights()
     return model
 
 
@@ -953,6 +980,7 @@ def save_checkpoint(checkpoint, folder, name=LATEST, keep_previous=True):
     A crash or a full disk at any byte leaves the old file intact. keep_previous renames the old ckpt.pt to
     ckpt_prev.pt. OSError or RuntimeError if it cannot be written.
     """
+    # write all of it under another name
     path = os.path.join(folder, name)
     temporary = path + ".tmp"
     try:
@@ -964,28 +992,29 @@ def save_checkpoint(checkpoint, folder, name=LATEST, keep_previous=True):
         with contextlib.suppress(OSError):
             os.remove(temporary)
         raise
+    # rename; a crash between the two renames leaves ckpt_prev.pt
     if name == LATEST and keep_previous and os.path.exists(path):
-        os.replace(path, os.path.join(folder, PREVIOUS))  # a crash between the renames leaves ckpt_prev.pt
+        os.replace(path, os.path.join(folder, PREVIOUS))
     os.replace(temporary, path)
-    if os.name == "posix":  # make the renames durable; other systems cannot open folders
+    # make the renames durable; only POSIX can open folders
+    if os.name == "posix":
         fd = os.open(folder, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
 
 
 class CheckpointWriter:
-    """Write checkpoints into a folder, in the background if asked, one at a time."""
+    """Write checkpoints into a folder in the background, one at a time."""
 
     def __init__(self, folder):
         self.folder = folder
         self.pool = ThreadPoolExecutor(1)
         self.pending = None  # the save in progress
 
-    def save(self, checkpoint, name, keep_previous=True, background=False):
-        """Start to save a checkpoint, or save it; wait() returns the error, if any."""
+    def save(self, checkpoint, name, keep_previous=True):
+        """Start to save a checkpoint, whose tensors must not change until wait()."""
         self.wait()
         self.pending = self.pool.submit(save_checkpoint, checkpoint, self.folder, name, keep_previous)
-        return None if background else self.wait()
 
     def wait(self):
         """Wait for the save in progress; returns its exception, or None."""
@@ -1046,7 +1075,7 @@ def load_checkpoint(folder, names=(LATEST, PREVIOUS), mmap=False):
             errors.append(str(e).split("\n")[0])
             continue
         for error in errors:
-            print(f"WARNING: {error}; using {path}", file=sys.stderr)
+            print(f"WARNING: {error}; using {path} instead", file=sys.stderr)
         return checkpoint, path
     raise ValueError("; ".join(errors))
 
@@ -1126,6 +1155,7 @@ def peak_flops(device, dtype):
     """Return (peak FLOP/s, its source): data sheet of a GPU, measured on a CPU, (None, reason) if unknown."""
     device = torch.device(device)
     dtype_name = str(dtype).removeprefix("torch.")
+    # CPU: the best of 20 products
     if device.type == "cpu":
         a, times = torch.ones(1024, 1024, dtype=dtype), []
         for _ in range(20):
@@ -1136,6 +1166,7 @@ def peak_flops(device, dtype):
     if device.type != "cuda":
         return None, f"peak of {device.type} unknown"
 
+    # GPU: the data sheet, by name
     name = torch.cuda.get_device_name(device)
     words = re.findall(r"[A-Z0-9]+", name.upper())
     tflops = next((rate for key, rate in GPU_TFLOPS.items() if all(word in words for word in key.split())), None)

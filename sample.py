@@ -13,7 +13,6 @@ Generate text with a trained GPT.
 Exit codes: 0 done, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
-import importlib.util
 import itertools
 import math
 import os
@@ -67,8 +66,11 @@ if compare and (stream or interactive or serve or export):
     fail("--compare cannot be combined with --stream, --interactive, --serve or --export")
 if serve and compile:
     fail("--serve cannot be combined with --compile, which supports one request at a time")
-if serve and not importlib.util.find_spec("gradio"):
-    fail("--serve needs gradio: pip install gradio, or use --interactive")
+if serve:
+    try:
+        import gradio as gr
+    except ImportError as e:
+        fail(f"--serve needs gradio ({e}): pip install gradio, or use --interactive")
 if not serve:  # a browser that closes its connection must not end the page
     configurator.exit_quietly_on_closed_pipe()
 device, dtype, device_line = configurator.pick_device(device, dtype)
@@ -192,39 +194,43 @@ def wrap(text, width):
     return [row for line in for_terminal(text).split("\n") for row in textwrap.wrap(line, width) or [""]]
 
 
+def stream_to_page(prompt, temperature, top_k, top_p, length, stop):
+    """Yield prompt and text so far, and tokens per second."""
+    yield prompt, ""  # gradio can cancel only what has yielded, and the first token may take long
+    options = sampling | dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=None)
+    text, begin = "", time.perf_counter()
+    try:
+        for n, piece in enumerate(stream_text(encode(prompt or start), length, options), 1):
+            text += piece
+            parts = text.split(stop) if stop else [text]
+            yield prompt + parts[0], f"{min(n, length) / (time.perf_counter() - begin):.1f} tokens/s"
+            if len(parts) > 1:
+                return
+    except ValueError as e:
+        raise gr.Error(str(e), print_exception=False) from None
+
+
 def serve_page():
-    """Serve a page on 127.0.0.1 until Ctrl-C: prompt and options, and the text while it is generated."""
-    import gradio as gr
-
-    def generate(prompt, temperature, top_k, top_p, length, stop):
-        yield prompt, ""  # gradio can cancel only what has yielded, and the first token may take long
-        options = sampling | dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=None)
-        text, begin = "", time.perf_counter()
-        try:
-            for n, piece in enumerate(stream_text(encode(prompt or start), length, options), 1):
-                text += piece
-                parts = text.split(stop) if stop else [text]
-                yield prompt + parts[0], f"{min(n, length) / (time.perf_counter() - begin):.1f} tokens/s"
-                if len(parts) > 1:
-                    return
-        except ValueError as e:
-            raise gr.Error(str(e), print_exception=False) from None
-
-    prompt = gr.Textbox(start.strip("\n"), label="Prompt", lines=4, placeholder="Shift+Enter generates")
-    options = [
-        gr.Slider(0, max(2, temperature), temperature, step=0.05, label="Temperature (0: greedy)"),
-        gr.Slider(0, max(vocab_size, top_k), top_k, step=1, precision=0, label="Top-k (0: off)"),
-        gr.Slider(0, 1, top_p, step=0.01, label="Top-p (0: off)"),
-        gr.Slider(1, max(4000, max_new_tokens), max_new_tokens, step=1, precision=0, label="Length in tokens"),
-        gr.Textbox(stop, label="Stop at this text"),
-    ]
-    accordion = gr.Accordion("Options", open=False)
-    outputs = [gr.Textbox(label="Text", lines=12, buttons=["copy"]), gr.Textbox(label="Speed")]
-    page = gr.Interface(
-        generate, prompt, outputs, additional_inputs=options, additional_inputs_accordion=accordion,
-        title=f"plainGPT: {path or init_from}", submit_btn="Generate", clear_btn=None, flagging_mode="never",
-        api_name="generate", concurrency_limit=8, analytics_enabled=False,
-    )  # fmt: skip
+    """Serve a page on 127.0.0.1 until Ctrl-C: prompt and options, next to the text."""
+    with gr.Blocks(title=f"plainGPT: {path or init_from}", analytics_enabled=False) as page:
+        with gr.Row():
+            with gr.Column():
+                prompt = gr.Textbox(start.strip("\n"), label="Prompt", lines=4, placeholder="Shift+Enter generates")
+                generate_button, stop_button = gr.Button("Generate", variant="primary"), gr.Button("Stop")
+                k_max, n_max = max(vocab_size, top_k), max(4000, max_new_tokens)
+                options = [
+                    gr.Slider(0, max(2, temperature), temperature, step=0.05, label="Temperature (0: greedy)"),
+                    gr.Slider(0, k_max, top_k, step=1, precision=0, label="Top-k (0: off)"),
+                    gr.Slider(0, 1, top_p, step=0.01, label="Top-p (0: off)"),
+                    gr.Slider(1, n_max, max_new_tokens, step=1, precision=0, label="Length in tokens"),
+                    gr.Textbox(stop, label="Stop at this text"),
+                ]
+            with gr.Column():
+                outputs = [gr.Textbox(label="Text", lines=12, buttons=["copy"]), gr.Textbox(label="Speed")]
+        triggers = [generate_button.click, prompt.submit, options[-1].submit]
+        inputs = [prompt, *options]
+        run = gr.on(triggers, stream_to_page, inputs, outputs, api_name="generate", concurrency_limit=8)
+        stop_button.click(None, cancels=run)
 
     os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},127.0.0.1"  # gradio requests its own page
     with usage_errors():

@@ -274,8 +274,9 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 iter_num, best_val_loss, wandb_id = 0, 1e9, None
 if checkpoint and (resuming or eval_only):
     iter_num = checkpoint.get("iter_num", 0)
-    print0(f"{'resuming' if resuming else 'evaluating'} {checkpoint_path} at step {iter_num}")
-    print0(f"changed since then: {', '.join(changed)}" if changed else "")
+    print0(f"{'resuming from' if resuming else 'evaluating'} {checkpoint_path} at step {iter_num}")
+    if changed:
+        print0(f"changed since then: {', '.join(changed)}")
 if resuming:
     best_val_loss, wandb_id = float(checkpoint.get("best_val_loss", 1e9)), checkpoint.get("wandb_id")
     with usage_errors():

@@ -211,7 +211,8 @@ def test_doubtful_settings_give_one_warning(script, tiny_run, flags, doubt):
 def test_setup_is_printed(train, tiny_run):
     out = train(tiny_run.flags, "--max_iters=10").out
     for line in (
-        r"device cpu \(.*\), dtype float32 \(as set\)", r"data .*tiny0: [\d,]+ training tokens, [\d,]+ validation tokens",
+        r"device cpu \(.*\), dtype float32 \(as set\)",
+        r"data .*tiny0: [\d,]+ training tokens, [\d,]+ validation tokens",
         r"model 0.01M parameters: 2 layers, 2 heads, 16 channels",
         r"run 10 steps of 128 tokens \(2 x 4 x 16\), 0.\d+ epochs",
     ):  # fmt: skip
