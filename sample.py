@@ -228,8 +228,10 @@ def serve_page():
             with gr.Column():
                 outputs = [gr.Textbox(label="Text", lines=12, buttons=["copy"]), gr.Textbox(label="Speed")]
         triggers = [generate_button.click, prompt.submit, options[-1].submit]
-        inputs = [prompt, *options]
-        run = gr.on(triggers, stream_to_page, inputs, outputs, api_name="generate", concurrency_limit=8)
+        run = gr.on(
+            triggers, stream_to_page, [prompt, *options], outputs,
+            api_name="generate", concurrency_limit=8, show_progress="hidden",
+        )  # fmt: skip
         stop_button.click(None, cancels=run)
 
     os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},127.0.0.1"  # gradio requests its own page

@@ -281,6 +281,8 @@ if resuming:
     best_val_loss, wandb_id = float(checkpoint.get("best_val_loss", 1e9)), checkpoint.get("wandb_id")
     with usage_errors():
         gpt.load_training_state(optimizer, scaler, checkpoint)
+    if "optimizer" not in checkpoint:
+        print0("no optimizer state in the checkpoint: starting with a fresh optimizer")
 checkpoint = None  # free its memory
 
 # compile, and synchronize the gradients of the ranks
