@@ -1,10 +1,10 @@
 """
-The GPT model, with the architectures of GPT-2, Llama and Qwen3. Sections 1 to 5 are the model and nothing else.
-Skip the rest until you need it: optimizers, weights in and out, LoRA, checkpoint files, FLOPs, and an appendix of
-kernels: functions that compute the same, faster.
+The GPT model, with the architectures of GPT-2, Llama and Qwen3. Read sections 1 to 5 first: they are the model and
+nothing else. The layers that they take from section 11 behave like PyTorch's of the same name. Skip the rest until you
+need it: optimizers, weights in and out, LoRA, checkpoint files, FLOPs and memory.
 
-Shape letters: B sequences of T tokens, C = n_embd channels, H heads of D = head_dim channels, S keys that a query
-can attend to, V tokens in the vocabulary.
+Shape letters: B sequences of T tokens, C = n_embd channels, H query heads and G key/value heads of D = head_dim
+channels, S keys (cached and new ones; S = T without a cache), V tokens in the vocabulary.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint as recompute  # a checkpoint is a file here
 
 # -----------------------------------------------------------------------------
 # 1. hyperparameters
@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 @dataclass
 class GPTConfig:
-    """Hold the model hyperparameters. Raises ValueError if they are inconsistent."""
+    """Define the model's hyperparameters; ValueError if they are inconsistent."""
 
     block_size: int = 1024  # maximum context length, in tokens
     vocab_size: int = 50304  # GPT-2's 50257, rounded up to a multiple of 64
@@ -41,25 +41,25 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # biases in Linear and LayerNorm layers, as in GPT-2
-    # choices that came after GPT-2; the defaults are GPT-2's
+    # newer options; the defaults are nanoGPT's
     norm: str = "layernorm"  # layernorm, rmsnorm
     position: str = "learned"  # learned, rope
-    mlp: str = "gelu"  # gelu, gelu_tanh, swiglu, relu2
-    n_hidden: int = 0  # width of the MLP; 0: 4 * n_embd, or 8/3 * n_embd for swiglu
-    n_kv_head: int = 0  # key and value heads, each shared by a group of query heads; 0: n_head
+    mlp: str = "gelu"  # gelu, gelu_tanh (OpenAI's GPT-2), swiglu, relu2
+    n_hidden: int = 0  # width of the MLP; 0: 4 * n_embd, for swiglu 8/3 * n_embd rounded up to a multiple of 8
+    n_kv_head: int = 0  # number of key/value heads (grouped-query attention); 0: n_head
     qk_norm: bool = False  # normalize queries and keys
     tied: bool = True  # share the weights of the token embedding and the output layer
     head_dim: int = 0  # channels per head; 0: n_embd / n_head
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    rope_scaling: tuple = ()  # Llama 3.1: factor, low_freq_factor, high_freq_factor, original block_size
+    rope_scaling: tuple = ()  # Llama 3.1's (factor, low_freq_factor, high_freq_factor, original block_size); (): none
 
     def __post_init__(self):
-        check_config(self)  # see section 7
+        check_config(self)  # ValueError, see section 7
         # defaults that follow from other fields
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_kv_head = self.n_kv_head or self.n_head
-        # swiglu has three matrices: at 8/3 * n_embd they have as many weights as two at 4 * n_embd
+        # swiglu has three matrices instead of two, so 8/3 instead of 4 keeps the parameter count
         default_width = 8 * math.ceil(self.n_embd / 3) if self.mlp == "swiglu" else 4 * self.n_embd
         self.n_hidden = self.n_hidden or default_width
 
@@ -69,7 +69,7 @@ class GPTConfig:
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square of the channels (https://arxiv.org/abs/1910.07467)."""
+    """Divide by the root mean square, multiply by a learned gain (https://arxiv.org/abs/1910.07467)."""
 
     def __init__(self, size, eps):
         super().__init__()
@@ -77,42 +77,42 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)  # F.rms_norm, faster on CPUs: see the appendix
+        return rms_norm(x, self.weight, self.eps)  # the same as F.rms_norm, see section 11
 
 
-NORMS = {
+NORMS = {  # LayerNorm is nn.LayerNorm that accepts weights of another dtype, see section 11
     "layernorm": lambda size, config: LayerNorm(size, eps=config.norm_eps, bias=config.bias),
     "rmsnorm": lambda size, config: RMSNorm(size, eps=config.norm_eps),
 }
 
 
 def swiglu(x):
-    """Gate one half of the channels with the other (https://arxiv.org/abs/2002.05202)."""
+    """Return silu(first half) * second half of the channels (https://arxiv.org/abs/2002.05202)."""
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
 ACTIVATIONS = {
     "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),  # as in OpenAI's GPT-2
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "swiglu": swiglu,
-    "relu2": lambda x: SquaredReLU.apply(x),  # relu(x)**2, https://arxiv.org/abs/2109.08668
+    "relu2": lambda x: SquaredReLU.apply(x),  # relu(x)**2 (https://arxiv.org/abs/2109.08668), see section 11
 }
 
 
-def rope_angles(pos, config):
-    """Return cosines and signed sines, (T, D) each, of positions pos, (T,) (https://arxiv.org/abs/2104.09864)."""
+def rope_cos_sin(pos, config):
+    """Return (cos, cos) and (-sin, sin), (T, D) each, at positions pos, (T,) (https://arxiv.org/abs/2104.09864)."""
     exponents = torch.arange(0, config.head_dim, 2, device=pos.device).float() / config.head_dim
     freqs = 1.0 / config.rope_theta**exponents  # radians per position, (D/2,)
     if config.rope_scaling:
-        freqs = scale_rope_freqs(freqs, *config.rope_scaling)
+        freqs = scale_rope_freqs(freqs, *config.rope_scaling)  # as Llama 3.1, see section 7
     angles = pos[:, None] * freqs  # (T, D/2)
     return angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=-1)
 
 
 def apply_rope(x, cos, sin):
-    """Rotate each channel pair (i, i + D/2) of x, (B, H, T, D): (x1 cos - x2 sin, x2 cos + x1 sin)."""
-    swapped = x.roll(x.size(-1) // 2, dims=-1)  # (x2, x1); the minus is part of sin
+    """Rotate the channel pairs (i, i + D/2) of x, (B, H, T, D): (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    swapped = x.roll(x.size(-1) // 2, dims=-1)  # (x2, x1)
     return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
 
 
@@ -121,13 +121,13 @@ def apply_rope(x, cos, sin):
 
 
 def attention(q, k, v, mask=None, dropout=0.0):
-    """Attend from q, (B, H, T, D), to k and v, (B, n_kv_head, S, D); returns (B, H, T, D).
+    """Let q, (B, H, T, D), attend to k and v, (B, G, S, D); returns (B, H, T, D).
 
-    mask, (T, S), is True where a query sees a key; None: causal attention with S == T.
+    mask, (T, S), is True where a query may attend to a key; None: causal attention with S == T.
     """
-    if q.is_cpu and q.requires_grad:
-        return train_attention_on_cpu(q, k, v, dropout)  # the same, faster: see the appendix
-    with torch.autocast(q.device.type, enabled=False):  # keep q's dtype: autocast would cast it
+    if q.is_cpu and q.requires_grad and mask is None:
+        return train_attention_on_cpu(q, k, v, dropout)  # the same, see section 11
+    with torch.autocast(q.device.type, enabled=False):  # attend in q's dtype, also where autocast has another
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=q.size(1) > k.size(1)
         )
@@ -143,24 +143,24 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = NORMS[config.norm](self.head_dim, config) if config.qk_norm else nn.Identity()
         self.k_norm = NORMS[config.norm](self.head_dim, config) if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.dropout = config.dropout
+        self.attn_dropout = config.dropout
 
-    def forward(self, x, rope=None, mask=None, cache=None, pos=None):
-        B, T, C = x.size()
+    def forward(self, x, rope=None, mask=None, cache=None, pos=None):  # see GPT.forward
+        B, T, _ = x.size()
         # queries, keys and values of all heads, with the heads as a batch dimension
         sizes = [n * self.head_dim for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
         q, k, v = self.c_attn(x).split(sizes, dim=2)
         q = q.view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, D)
-        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, D)
-        # normalize, rotate, and append to the keys and values of earlier tokens
-        q, k = self.q_norm(q), self.k_norm(k)
+        k = k.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, G, T, D)
+        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, G, T, D)
+        # QK-norm (autocast may compute it in float32), RoPE, then store k and v and read back all S of them
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
-            k, v = cache.update(k, v, pos)  # (B, n_kv_head, S, D)
-        # causal self-attention: (B, H, T, D) x (B, n_kv_head, S, D) -> (B, H, T, D)
-        y = attention(q, k, v, mask, self.dropout if self.training else 0.0)
+            k, v = cache.update(k, v, pos)  # (B, G, S, D)
+        # causal self-attention: (B, H, T, D) x (B, G, S, D) -> (B, H, T, D)
+        y = attention(q, k, v, mask, self.attn_dropout if self.training else 0.0)
         y = y.transpose(1, 2).reshape(B, T, -1)  # concatenate the heads
         return self.resid_dropout(self.c_proj(y))
 
@@ -222,7 +222,7 @@ class GPT(nn.Module):
     def init_weights(self):
         """Initialize like GPT-2: N(0, 0.02) for matrices, 0 for biases, 1 for the gains of norms."""
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # 2 * n_layer of them add to the residual stream
+            if name.endswith("c_proj.weight"):  # the projections into the residual stream, 2 per layer
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
                 p.normal_(std=0.02)
@@ -243,16 +243,17 @@ class GPT(nn.Module):
         pos = torch.arange(T, device=idx.device) if pos is None else pos
 
         # token embeddings, and either position embeddings or rotations
-        x, rope = self.transformer.wte(idx), None  # (B, T, C)
+        x = self.transformer.wte(idx)  # (B, T, C)
+        rope = None
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe(pos)
         else:
-            rope = rope_angles(pos, self.config)
+            rope = rope_cos_sin(pos, self.config)
         x = self.transformer.drop(x)
 
-        # a query sees the keys at its own and all earlier positions
-        S = caches[0].length if caches else T
-        mask = None if S == T else pos[:, None] >= torch.arange(S, device=idx.device)  # (T, S); None: causal
+        # plain causal attention without earlier keys; else a query may attend to its own and earlier positions
+        S = caches[0].visible if caches else T
+        mask = None if S == T else pos[:, None] >= torch.arange(S, device=idx.device)  # (T, S)
 
         # transformer blocks
         for i, block in enumerate(self.transformer.h):
@@ -263,7 +264,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
         if not return_logits:
-            return None, linear_cross_entropy(x, self.lm_head.weight, targets)  # see the appendix
+            return None, linear_cross_entropy(x, self.lm_head.weight, targets)  # in chunks, see section 11
         logits = self.lm_head(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
         return logits, loss
@@ -272,16 +273,16 @@ class GPT(nn.Module):
     # 5. generation
 
     def prefill(self, idx, caches):
-        """Cache the keys and values of idx, (B, T); return the logits of the next token, (B, V)."""
+        """Fill the caches with idx, (B, T); return the logits of the next token, (B, V)."""
         for cache in caches:
-            cache.length = idx.size(1)
+            cache.visible = idx.size(1)
         logits, _ = self(idx, caches=caches)
         return logits[:, -1]
 
     def decode_one_token(self, token, position, caches):
-        """Cache the keys and values of token, (B,), at position; return the logits of the next one, (B, V)."""
+        """Append token, (B,), to the caches at position; return the logits of the next token, (B, V)."""
         for cache in caches:
-            cache.length = position + 1
+            cache.visible = position + 1
         pos = torch.full((1,), position, device=token.device)
         logits, _ = self(token[:, None], caches=caches, pos=pos)
         return logits[:, -1]
@@ -291,7 +292,8 @@ class GPT(nn.Module):
         """Yield up to max_new_tokens tokens, (B,) each, that continue idx, (B, T). Call eval() first.
 
         Sampling options: see sample_next(). A finished row repeats `stop`; generation ends when all rows are finished.
-        A full context drops its first `slide` tokens. That changes all positions, so the cache is computed again.
+        When the context is full, its first `slide` tokens are dropped and the caches are filled again: cached keys and
+        values depend on the dropped tokens. slide=1 is what a model without a cache computes, and costs as much.
         """
         block_size = self.config.block_size
         if not 1 <= slide <= block_size:
@@ -299,10 +301,11 @@ class GPT(nn.Module):
         context, caches = idx[:, -block_size:], None
         finished = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
-            # logits of the next token: of the whole context at first, then one token at a time
+            # prefill the context, then decode one token at a time
             if context.size(1) > block_size:
                 context, caches = context[:, slide:], None
             if caches is None:
+                # in multiples of 256, since a compiled step is compiled again for another size
                 size = min(block_size, 256 * math.ceil((idx.size(1) + max_new_tokens) / 256))
                 caches = [KVCache(size) for _ in self.transformer.h]
                 logits = self.prefill(context, caches)
@@ -325,28 +328,35 @@ class GPT(nn.Module):
 
 
 class KVCache:
-    """Store one layer's keys and values for up to `size` tokens."""
+    """Store one layer's keys and values of up to `size` tokens.
+
+    Attention sees the first `visible` positions. The caller sets that before the forward pass, which needs it for
+    the mask.
+    """
 
     def __init__(self, size):
-        self.size, self.length = size, 0  # attention sees positions 0 .. length - 1
+        self.size = size
+        self.visible = 0
+        self.k = self.v = None  # (B, G, size, D); the first keys determine B, G, D, dtype and device
 
     def update(self, k, v, pos):
-        """Store k and v, (B, n_kv_head, T, D), at positions pos, (T,); return those of all visible positions."""
-        if not hasattr(self, "k"):
-            B, H, _, D = k.shape
-            self.k, self.v = k.new_zeros(B, H, self.size, D), v.new_zeros(B, H, self.size, D)
+        """Store k and v, (B, G, T, D), at positions pos, (T,); return all that are visible."""
+        if self.k is None:
+            self.k = k.new_zeros(*k.shape[:2], self.size, k.size(3))
+            self.v = torch.zeros_like(self.k)
         self.k.index_copy_(2, pos, k)
         self.v.index_copy_(2, pos, v)
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+        return self.k[:, :, : self.visible], self.v[:, :, : self.visible]
 
 
 def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Sample one token per row of logits, (B, V); returns token ids, (B,).
 
     temperature 0: greedy. top_k: keep the k most likely tokens. top_p: keep the fewest tokens whose probabilities
-    sum to p (nucleus sampling, https://arxiv.org/abs/1904.09751). None or 0 turns either off.
+    sum to at least p (nucleus sampling, https://arxiv.org/abs/1904.09751). None or 0 turns either off.
+    Example: tensor([[0.0, 9.0, 1.0]]), temperature=0 -> tensor([1])
     """
-    # greedy; so is a temperature that is 0 in float32
+    # temperature 0, or too small to divide by
     if temperature < 1e-30:
         return logits.argmax(dim=-1)
     # the largest logit becomes 0, so that a low temperature cannot overflow
@@ -361,8 +371,9 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
         probs = ordered.softmax(dim=-1)
         outside = probs.cumsum(dim=-1) - probs >= top_p  # tokens outside the nucleus
         outside[:, 0] = False
-        logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
-    # inverse-CDF sampling: one random number per row (torch.multinomial draws V)
+        removed = torch.zeros_like(outside).scatter(-1, order, outside)  # in the order of the vocabulary
+        logits = logits.masked_fill(removed, -math.inf)
+    # inverse-CDF sampling: the first token whose CDF exceeds a random number (torch.multinomial draws V of them)
     cdf = logits.softmax(dim=-1).cumsum(dim=-1)
     drawn = torch.rand(len(cdf), 1, device=cdf.device, generator=generator)
     return torch.searchsorted(cdf, drawn * cdf[:, -1:], right=True).squeeze(-1)
@@ -497,8 +508,8 @@ def load_optimizer_state(optimizer, saved):
         p, names = params[i]
         if any(name not in entry or entry[name].shape != p.shape for name in names):
             raise mismatch
-        state[i] = {name: shard_like(p, entry[name]) for name in names}
-        state[i]["step"] = torch.tensor(float(entry["step"]))
+        state[i] = {"step": torch.tensor(float(entry["step"]))}
+        state[i] |= {name: shard_like(p, entry[name]) for name in names}
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
@@ -522,6 +533,18 @@ def shard_model(model, device_type, dtype):
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)  # embeddings, in float32
+
+
+def enable_gradient_checkpointing(model):
+    """Recompute each block in the backward pass: less memory, a third more time."""
+
+    def forward(block_forward, *args):
+        if not torch.is_grad_enabled():
+            return block_forward(*args)
+        return recompute(block_forward, *args, use_reentrant=False)
+
+    for block in model.transformer.h:
+        block.forward = functools.partial(forward, block.forward)
 
 
 @torch.no_grad()
@@ -555,6 +578,14 @@ def check_config(config):
     n_params = 12 * config.n_layer * config.n_embd**2
     if n_params > 1e14:
         raise ValueError(f"n_layer and n_embd give {n_params:.1e} parameters: lower them")
+
+
+def scale_rope_freqs(freqs, factor, low_freq_factor, high_freq_factor, original_block_size):
+    """Divide the low frequencies by `factor`, as Llama 3.1 does to extend its context."""
+    rotations = original_block_size * freqs / (2 * math.pi)  # within the original context
+    # 1: a high frequency, which is kept; 0: a low one
+    kept = ((rotations - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return kept * freqs + (1 - kept) * freqs / factor
 
 
 def model_args(config):
@@ -1211,26 +1242,7 @@ GPT.get_num_params = get_num_params  # methods, as in nanoGPT
 GPT.estimate_mfu = estimate_mfu
 
 # -----------------------------------------------------------------------------
-# 11. the same mathematics, faster: skip it, results are equal to rounding
-
-
-def enable_gradient_checkpointing(model):
-    """Recompute each block in the backward pass: less memory, a third more time."""
-
-    def forward(block_forward, *args):
-        if not torch.is_grad_enabled():
-            return block_forward(*args)
-        return recompute(block_forward, *args, use_reentrant=False)
-
-    for block in model.transformer.h:
-        block.forward = functools.partial(forward, block.forward)
-
-
-def scale_rope_freqs(freqs, factor, low_freq_factor, high_freq_factor, original_block_size):
-    """Divide the low frequencies by `factor`, as Llama 3.1 does to extend its context."""
-    rotations = original_block_size * freqs / (2 * math.pi)  # within the original context
-    kept = ((rotations - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return kept * freqs + (1 - kept) * freqs / factor
+# 11. appendix: the same mathematics, faster. Skip it: results are equal up to rounding, int8 aside
 
 
 class LayerNorm(nn.LayerNorm):
@@ -1464,7 +1476,7 @@ def compile_generation(model):
 
     def decode_one_token(token, position, caches):
         for cache in caches:
-            cache.length = cache.size  # static shapes: the mask hides positions that are not filled
+            cache.visible = cache.size  # static shapes: the mask hides positions that are not filled
         pos = torch.full((1,), position, device=token.device)
         return quiet_step(token, pos, caches)
 

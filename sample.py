@@ -62,8 +62,6 @@ if top_p > 1:
     fail(f"--top_p must be at most 1, got {top_p}")
 if merge and not export:
     fail("--merge needs --export=folder")
-if compare and (stream or interactive or serve or export):
-    fail("--compare cannot be combined with --stream, --interactive, --serve or --export")
 if serve and compile:
     fail("--serve cannot be combined with --compile, which supports one request at a time")
 if serve:
@@ -71,8 +69,8 @@ if serve:
         import gradio as gr
     except ImportError as e:
         fail(f"--serve needs gradio ({e}): pip install gradio, or use --interactive")
-if not serve:  # a browser that closes its connection must not end the page
-    configurator.exit_quietly_on_closed_pipe()
+
+# device
 device, dtype, device_line = configurator.pick_device(device, dtype)
 print(device_line, file=sys.stderr)
 
@@ -110,8 +108,9 @@ with usage_errors():
     stop_ids = tokenizer.encode(stop).tolist() if stop else [None]
 if len(stop_ids) != 1:
     fail(f"--stop must be one token, but {stop!r} is {len(stop_ids)}")
-sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=stop_ids[0], slide=min(slide, block_size))
-sampling["generator"] = generator = torch.Generator(device).manual_seed(seed)
+slide = min(slide, block_size)
+generator = torch.Generator(device).manual_seed(seed)
+sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=stop_ids[0], slide=slide, generator=generator)
 
 # -----------------------------------------------------------------------------
 
@@ -150,13 +149,14 @@ def export_model(folder):
         fail(f"{folder} contains another model or adapter: export to another folder")
 
     model.to(torch.float32 if settings["dtype"] == "auto" else getattr(torch, settings["dtype"]))
-    tokenizer.save_pretrained(folder)
     if model.lora:
         gpt.save_adapter(model, folder)
-        print(f"wrote {folder} (for PeftModel, on top of python sample.py --init_from={base} --export=...)")
+        reader = f"PeftModel, on top of python sample.py --init_from={base} --export=..."
     else:
         gpt.save_pretrained(model, folder, tokenizer.eot)
-        print(f"wrote {folder} (for AutoModelForCausalLM and AutoTokenizer)")
+        reader = "AutoModelForCausalLM and AutoTokenizer"
+    tokenizer.save_pretrained(folder)
+    print(f"wrote {folder} (for {reader})")
 
 
 def compare_with_base(x):
@@ -226,11 +226,11 @@ def serve_page():
                     gr.Textbox(stop, label="Stop at this text"),
                 ]
             with gr.Column():
-                outputs = [gr.Textbox(label="Text", lines=12, buttons=["copy"]), gr.Textbox(label="Speed")]
+                text, speed = gr.Textbox(label="Text", lines=12, buttons=["copy"]), gr.Textbox(label="Speed")
         triggers = [generate_button.click, prompt.submit, options[-1].submit]
         run = gr.on(
-            triggers, stream_to_page, [prompt, *options], outputs,
-            api_name="generate", concurrency_limit=8, show_progress="hidden",
+            triggers, stream_to_page, [prompt, *options], [text, speed],
+            api_name="generate", concurrency_limit=8, show_progress_on=speed,
         )  # fmt: skip
         stop_button.click(None, cancels=run)
 
@@ -239,8 +239,10 @@ def serve_page():
         local = dict(server_name="127.0.0.1", share=False, run_history=False, footer_links=[])
         page.launch(**local, quiet=True, prevent_thread_lock=True)
     print(f"open {page.local_url} in a browser; Ctrl-C ends it", flush=True)
-    page.block_thread()
-    os._exit(130)  # threads that generate cannot be interrupted
+    try:
+        page.server.thread.join()
+    finally:
+        os._exit(130)  # threads that generate cannot be interrupted
 
 
 # -----------------------------------------------------------------------------
@@ -259,6 +261,7 @@ if compile and configurator.can_compile(device):
 
 if serve:
     serve_page()
+configurator.exit_quietly_on_closed_pipe()  # not for the page: a browser may close its connection
 while interactive:
     try:
         print_stream(encode(input("> ")))

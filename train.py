@@ -10,11 +10,12 @@ GPT-2 (124M) on OpenWebText.
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py --fsdp    a model too large for one GPU
     python train.py --plot=out-a,out-b                                    draw the loss curves of runs into loss.png
 
-Ctrl-C or SIGTERM finishes the step, saves and exits; a second one exits at once. A resumed run ends with the same
-weights, bit for bit, as an uninterrupted one. class Run, below, lists the files in out_dir.
+Ctrl-C or SIGTERM finishes the step, saves and exits; without torchrun a second one exits at once. A resumed run ends
+with the same weights, bit for bit, as an uninterrupted one (on GPUs with --deterministic, on CPUs with the same number
+of threads). class Run, below, lists the files in out_dir.
 
-Exit codes: 0 done, 1 the last checkpoint could not be written, 2 wrong usage or corrupt data, 3 diverged, 129, 130 and
-143 stopped by SIGHUP, SIGINT and SIGTERM. torchrun exits with 1 for all but 0: out_dir/exit_code has the code.
+Exit codes: 0 done, 1 the last checkpoint could not be written, 2 wrong usage, no memory or corrupt data, 3 diverged,
+129, 130 and 143 stopped by SIGHUP, SIGINT and SIGTERM. torchrun exits with 1 for all but 0: see out_dir/exit_code.
 """
 
 import contextlib
@@ -45,16 +46,16 @@ from model import BEST, GPT, LATEST, PREVIOUS, GPTConfig
 # I/O
 out_dir = "out"
 eval_interval = 2000  # evaluate every N steps
-eval_iters = 200  # batches per split in each evaluation, always the same ones; 0: the whole validation split
+eval_iters = 200  # batches per split, always the same; 0: the whole validation split, and as much of train
 eval_only = False  # if True, script exits right after the first eval
 log_interval = 1  # log every N steps
-always_save_checkpoint = True  # if True, save a checkpoint after each eval; False: only after a new best val loss
+always_save_checkpoint = True  # save a checkpoint at each eval; False: after a new best val loss, and at the end
 save_interval = 0  # also save a checkpoint every N steps; 0: off
 sample_interval = 2000  # generate a sample of text every N steps, and at the end; 0: off
 sample_prompt = "\n"  # prompt of the samples
 loss_plot = False  # draw the loss curves into out_dir/loss.png at every evaluation (pip install matplotlib)
 plot = ""  # out_dirs of runs, comma-separated: draw their loss curves into loss.png, and exit
-init_from = "scratch"  # scratch, resume, auto or auto:gpt2 (resume if possible), a checkpoint, its folder, a Hub name
+init_from = "scratch"  # scratch, resume, auto (resume or scratch), auto:X (resume or X), a checkpoint, folder, Hub name
 # logging; out_dir/metrics.jsonl always has everything
 tensorboard_log = False  # also log to TensorBoard: tensorboard --logdir=out_dir (pip install tensorboard)
 wandb_log = False  # also log to Weights & Biases
@@ -62,7 +63,7 @@ wandb_project = "owt"
 wandb_run_name = "gpt2"
 # data
 dataset = "openwebtext"  # folder in data/
-gradient_accumulation_steps = 5 * 8  # micro-batches per step, over all ranks; used to simulate larger batch sizes
+gradient_accumulation_steps = 5 * 8  # micro-batches per step, summed over the ranks
 batch_size = 12  # micro-batch size, in sequences
 block_size = 1024  # context length, in tokens
 # model
@@ -71,16 +72,15 @@ n_head = 12
 n_embd = 768
 dropout = 0.0  # for pretraining 0 is good, for finetuning try 0.1+
 bias = False  # do we use bias inside LayerNorm and Linear layers?
-# architecture; the defaults are GPT-2's, config/modern.py has Llama's
+# newer options; the defaults are nanoGPT's, config/modern.py has Llama's
 norm = "layernorm"  # layernorm, rmsnorm
 position = "learned"  # learned, rope
 rope_theta = 10000.0  # base of the rotary frequencies
-mlp = "gelu"  # gelu, gelu_tanh, swiglu, relu2
-n_hidden = 0  # width of the MLP; 0: 4 * n_embd, or 8/3 * n_embd for swiglu
-n_kv_head = 0  # key and value heads, each shared by a group of query heads; 0: n_head
+mlp = "gelu"  # gelu, gelu_tanh (OpenAI's GPT-2), swiglu, relu2
+n_hidden = 0  # width of the MLP; 0: 4 * n_embd, for swiglu 8/3 * n_embd rounded up to a multiple of 8
+n_kv_head = 0  # number of key/value heads (grouped-query attention); 0: n_head
 qk_norm = False  # normalize queries and keys
 tied = True  # share the weights of the token embedding and the output layer
-gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
 # LoRA: freeze the weights of init_from and train low-rank adapters (pip install peft)
 lora_rank = 0  # rank of the adapters, usually 8 to 64; 0: off
 lora_alpha = 16  # the adapters are scaled by lora_alpha / lora_rank
@@ -89,22 +89,23 @@ lora_targets = "c_attn,c_proj,c_fc"  # Linear layers that get adapters
 # optimizer
 muon = False  # Muon for the matrices of the blocks, AdamW for the rest; False: AdamW only
 learning_rate = 6e-4  # max learning rate
-max_iters = 600000  # total number of training iterations
+max_iters = 600000  # total number of training steps
 weight_decay = 1e-1
 beta1 = 0.9
 beta2 = 0.95
-grad_clip = 1.0  # clip gradients at this value, or disable if == 0.0
+grad_clip = 1.0  # maximum gradient norm; 0.0: no clipping
 # learning rate decay settings
-decay_lr = True  # whether to decay the learning rate
+decay_lr = True  # whether to warm up and decay the learning rate
 lr_schedule = "cosine"  # after the warmup: cosine, linear, constant or wsd (constant, then linear decay)
 warmup_iters = 2000  # how many steps to warm up for
 lr_decay_iters = 600000  # should be ~= max_iters per Chinchilla
 min_lr = 6e-5  # minimum learning rate, should be ~= learning_rate/10 per Chinchilla
-wsd_decay_frac = 0.2  # wsd: fraction of lr_decay_iters that decays
+wsd_decay_frac = 0.2  # wsd: share of lr_decay_iters spent decaying, at the end
 # system
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16 (with loss scaling)
 compile = True  # use torch.compile to compile the model to be faster
+gradient_checkpointing = False  # recompute each block in the backward pass: less memory, a third more time
 backend = "auto"  # of torch.distributed: auto, nccl, gloo
 fsdp = False  # shard weights, gradients and optimizer state across ranks (FSDP2)
 timeout = 600  # timeout of collectives, in seconds
@@ -121,7 +122,8 @@ def read_metrics(folder, before=math.inf):
         for line in f:
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 record = json.loads(line)
-                records += [record] if record["iter"] < before else []
+                if record["iter"] < before:
+                    records.append(record)
     return records
 
 
@@ -152,17 +154,21 @@ if plot:
 # -----------------------------------------------------------------------------
 # setup
 
-# open the checkpoint; a resumed run keeps its settings, except those that are given
+# open the checkpoint to start from
 if init_from.split(":")[0] == "auto":
     can_resume = any(os.path.exists(os.path.join(out_dir, name)) for name in (LATEST, PREVIOUS))
-    init_from = "resume" if can_resume else init_from[5:] or "scratch"
+    init_from = "resume" if can_resume else init_from.removeprefix("auto").lstrip(":") or "scratch"
 resuming = init_from == "resume"
-checkpoint, checkpoint_path, changed = None, None, []
+checkpoint, checkpoint_path = None, None
 if init_from != "scratch":
     names = (LATEST, PREVIOUS) if resuming else (BEST, LATEST, PREVIOUS)
     with usage_errors():
         checkpoint, checkpoint_path = gpt.open_checkpoint(init_from, out_dir, names)
-if checkpoint and (resuming or eval_only):
+
+# resume and eval_only take over the settings of the checkpoint, except those given now
+inherits = checkpoint is not None and (resuming or eval_only)
+changed = []
+if inherits:
     given = explicit | {"out_dir", "init_from", "device", "backend"}
     changed = configurator.inherit(config, given, checkpoint.get("config", {}), checkpoint_path)
     globals().update(config, init_from=init_from)
@@ -180,34 +186,35 @@ if lora_rank and init_from == "scratch":
 if lora_rank and muon:
     fail("Muon cannot be combined with LoRA: set --muon=False")
 
-# device, and the ranks of torchrun
+# device and dtype, and the ranks that torchrun started
 rank, local_rank, world_size = configurator.read_ranks()
 is_master = rank == 0  # this process will do logging, checkpointing etc.
 distributed = "RANK" in os.environ
-use_fsdp, use_ddp = distributed and fsdp, distributed and not fsdp
-device, dtype, device_line = configurator.pick_device(device, dtype)
-device_type = device.split(":")[0]
-ptdtype = getattr(torch, dtype)
-autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32")
+use_ddp = distributed and not fsdp
+use_fsdp = distributed and fsdp  # an inherited fsdp setting has no effect on one process
 if gradient_accumulation_steps % world_size:
     multiple = math.ceil(gradient_accumulation_steps / world_size) * world_size
     fail(f"{world_size} ranks need a multiple of {world_size}: try --gradient_accumulation_steps={multiple}")
 if fsdp and "fsdp" in explicit and not distributed:
     fail("--fsdp needs several ranks: torchrun --standalone --nproc_per_node=8 train.py ...")
+device, dtype, device_line = configurator.pick_device(device, dtype)
 if use_fsdp and dtype == "float16":
     fail("--fsdp does not support float16: try --dtype=float32")
-if distributed:
-    configurator.join_processes(device, backend, timeout)
+device_type = device.split(":")[0]
+ptdtype = getattr(torch, dtype)
+autocast = torch.autocast(device_type, dtype=ptdtype, enabled=dtype != "float32")
 if deterministic:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+if distributed:
+    configurator.join_processes(device, backend, timeout)
 
 # data
 with usage_errors():
     data = Dataset(os.path.join("data", dataset))
     tokens = {split: data.split(split) for split in ("train", "val")}
 
-# model: from scratch or from the checkpoint, in whose case the settings must match
+# model: a new one, or a loaded one, which must match the settings given
 torch.manual_seed(seed)
 with usage_errors():
     if init_from == "scratch":
@@ -215,49 +222,53 @@ with usage_errors():
         model = GPT(GPTConfig(**fields, vocab_size=gpt.round_vocab_size(data.vocab_size or 50257)))
     else:
         model = gpt.load_model(init_from, checkpoint, dropout=dropout)
-    if not resuming:
-        gpt.merge_lora(model)  # a run that starts from an adapter starts from the merged weights
-lora_settings = {f"lora_{k}": v for k, v in (model.lora or {"rank": 0}).items()} if resuming else {}
-model_fields = dataclasses.asdict(model.config) | lora_settings
+model_fields = dataclasses.asdict(model.config)
+if resuming:
+    lora = model.lora or {"rank": 0}
+    model_fields |= {f"lora_{name}": value for name, value in lora.items()}
+else:
+    gpt.merge_lora(model)  # start from the sum of base and adapter
 configurator.match_model(config, explicit - {"block_size", "dropout"}, model_fields, init_from)
 
-# context length: learned position embeddings are cropped, rotary ones fit any shorter context
+# context length: the model's, unless a shorter one is given; learned position embeddings are cropped to it
 longest, has_rope = model.config.block_size, model.config.position == "rope"
-if "block_size" not in explicit and not (resuming and has_rope):
-    block_size = longest if checkpoint else min(block_size, longest)
+if "block_size" not in explicit and not (inherits and has_rope):
+    block_size = longest if checkpoint else min(block_size, longest)  # models on the Hub may have 131,072
+if block_size > longest:
+    fail(f"--block_size={block_size} exceeds the model's {longest}")
+if block_size < longest and not has_rope:
+    if resuming:
+        fail(f"this run has block_size {longest}: --init_from={out_dir} starts one with a shorter one")
+    model.crop_block_size(block_size)
+config["block_size"] = block_size
 with usage_errors():
-    if block_size > longest or block_size < longest and not has_rope:
-        if resuming:
-            raise ValueError(f"this run has block_size {longest}: --init_from={out_dir} starts one with another")
-        model.crop_block_size(block_size)
     for stream in tokens.values():
         stream.check(block_size, model.config.vocab_size)
-config["block_size"] = block_size
 
-# tokenizer: the model's, which must be the dataset's
+# tokenizer: the model's; the dataset must use the same
 dataset_tokenizer = data.tokenizer or assumed_tokenizer(data.vocab_size)
+model_tokenizer = checkpoint.get("tokenizer") if checkpoint else None
 with usage_errors():
-    if checkpoint:
-        description = checkpoint.get("tokenizer") or dataset_tokenizer
-    else:
-        description = init_from != "scratch" and from_hub(init_from) or dataset_tokenizer
-    if dataset_tokenizer and not same_tokens(description, dataset_tokenizer):
+    if init_from != "scratch" and not checkpoint:
+        model_tokenizer = from_hub(init_from)
+    tokenizer_description = model_tokenizer or dataset_tokenizer
+    if dataset_tokenizer and not same_tokens(tokenizer_description, dataset_tokenizer):
         fail(
             f"{data.folder} was prepared with another tokenizer than the model's. Export the model's by sample.py "
             "--export=x, then python data/text/prepare.py ... --tokenizer=x"
         )
 
-# LoRA adapters
+# LoRA: add adapters; a checkpoint stores the path of the base model, so that must stay where it is
 if lora_rank and not resuming and not eval_only:
     if checkpoint and "lora" in checkpoint:
         fail(f"{init_from} is an adapter: merge it first, python sample.py --init_from={init_from} --export=x --merge")
     if checkpoint and os.path.realpath(out_dir) == os.path.dirname(os.path.realpath(checkpoint_path)):
         fail(f"the adapter needs the checkpoint in {out_dir}: set another --out_dir")
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # loading may have drawn random numbers
     with usage_errors():
         gpt.add_lora(model, init_from, lora_rank, lora_alpha, lora_dropout, lora_targets)
 
-# weights to the device, on every rank all of them or a shard
+# move the weights to the device: a full copy per rank, or a shard (FSDP)
 with usage_errors():
     if use_fsdp:
         gpt.shard_model(model, device_type, ptdtype)
@@ -270,9 +281,9 @@ with usage_errors():
     optimizer = gpt.configure_optimizers(model, weight_decay, learning_rate, betas, device_type, muon, ptdtype)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
-# state of the run
+# where the run stands
 iter_num, best_val_loss, wandb_id = 0, 1e9, None
-if checkpoint and (resuming or eval_only):
+if inherits:
     iter_num = checkpoint.get("iter_num", 0)
     print0(f"{'resuming from' if resuming else 'evaluating'} {checkpoint_path} at step {iter_num}")
     if changed:
@@ -285,14 +296,14 @@ if resuming:
         print0("no optimizer state in the checkpoint: starting with a fresh optimizer")
 checkpoint = None  # free its memory
 
-# compile, and synchronize the gradients of the ranks
+# wrap the model: torch.compile, gradient checkpointing, and DDP, which averages the gradients of the ranks
 raw_model = model
 compile = compile and configurator.can_compile(device)
-if compile and use_fsdp:  # FSDP gathers the weights between blocks
+if compile and use_fsdp:  # FSDP gathers weights between the blocks, so compile each one
     for block in model.transformer.h:
         block.forward = torch.compile(block.forward, dynamic=False)
 elif compile:
-    model.compile(dynamic=False)  # a short batch gets a graph of its own
+    model.compile(dynamic=False)
 if gradient_checkpointing:
     gpt.enable_gradient_checkpointing(raw_model)
 if use_ddp:
@@ -301,11 +312,13 @@ if use_ddp:
 
 # bytes per token, for bits per byte, and the prompt of the samples
 vocab_size = raw_model.config.vocab_size
-byte_lengths, tokenizer, prompt = torch.zeros(vocab_size, dtype=torch.int64), None, None
-try:
-    tokenizer = from_description(description) if description else None
-except ValueError as e:
-    print0(f"no bits per byte and no samples: {e}")
+byte_lengths = torch.zeros(vocab_size, dtype=torch.int64)
+tokenizer, prompt = None, None
+if tokenizer_description:
+    try:
+        tokenizer = from_description(tokenizer_description)
+    except ValueError as e:
+        print(f"rank {rank}: no bits per byte and no samples: {e}", file=sys.stderr)
 if any_rank(tokenizer is None, device):  # a node without network may lack what the others have
     tokenizer = None
 else:
@@ -320,7 +333,7 @@ if tokenizer and sample_interval and not eval_only:
         print0(f"no samples of text: {e}; set --sample_prompt")
 
 # -----------------------------------------------------------------------------
-# batches, evaluation, samples, learning rate
+# batches, evaluation, learning rate
 
 
 def get_batch(iter_num, micro_step):
@@ -331,18 +344,18 @@ def get_batch(iter_num, micro_step):
 
 
 def set_seed(iter_num, micro_step):
-    """Seed dropout by step and micro-step, so that a resumed run repeats it."""
+    """Seed by step and micro-step, so that a resumed run repeats the same dropout masks."""
     torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, micro_step)).generate_state(1, np.uint64)[0]))
 
 
 def eval_batches(split):
     """Yield this rank's evaluation batches, always the same, spread evenly over the split."""
     n_tokens = len(tokens[split])
-    count = eval_iters * batch_size or (len(tokens["val"]) - 1) // block_size
+    count = eval_iters * batch_size or len(tokens["val"]) // block_size
     starts = eval_windows(n_tokens, block_size, count)
-    if split == "val" and not eval_iters:
-        starts = np.arange(0, n_tokens - 1, block_size)  # the last window may be shorter
-    # every rank gets as many batches; windows that start at the end are empty
+    if split == "val" and eval_iters == 0:
+        starts = np.arange(0, n_tokens - 1, block_size)  # all of them; the last one may be shorter
+    # pad, so that all ranks get the same number of batches; windows that start at the end have no targets
     padding = -len(starts) % (world_size * batch_size)
     starts = np.append(starts, [n_tokens] * padding).astype(np.int64)
     for batch in starts.reshape(-1, world_size, batch_size):
@@ -353,49 +366,43 @@ def estimate_loss():
     """Return mean losses in nats per token, perplexity and bits per byte; None if asked to stop."""
     raw_model.eval()
     losses = {}
-    for split in tokens:
-        loss, count, n_bytes = 0.0, 0, 0
+    for split in ("train", "val"):
+        loss, n_tokens, n_bytes = 0.0, 0, 0
         for X, Y in eval_batches(split):
             if any_rank(stop_signal.received, device):
                 return None
             with autocast:
-                batch_loss, batch_count = gpt.sum_losses(raw_model, [(X, Y)])
-            loss, count = loss + batch_loss, count + batch_count
+                batch_loss, batch_tokens = gpt.sum_losses(raw_model, [(X, Y)])
+            loss, n_tokens = loss + batch_loss, n_tokens + batch_tokens
             n_bytes += byte_lengths[Y[Y != -1].cpu()].sum().item()
-        loss, count, n_bytes = sum_over_ranks([loss, count, n_bytes], device)
-        losses[f"{split}/loss"] = loss / count
-    losses["val/perplexity"] = math.exp(min(losses["val/loss"], 700))
-    losses["val/bits_per_byte"] = loss / math.log(2) / n_bytes if n_bytes else None
-    losses["val/tokens"] = int(count)
+        loss, n_tokens, n_bytes = sum_over_ranks([loss, n_tokens, n_bytes], device)
+        losses[f"{split}/loss"] = loss / n_tokens
+        if split == "val":
+            losses["val/perplexity"] = math.exp(min(loss / n_tokens, 700))  # exp overflows above 709
+            losses["val/bits_per_byte"] = loss / math.log(2) / n_bytes if n_bytes else None
+            losses["val/tokens"] = int(n_tokens)
     raw_model.train()
     return losses
 
 
-def sample_text():
-    """Generate 100 tokens from the prompt with a separate RNG, so that training is not affected."""
-    raw_model.eval()
-    generator = torch.Generator(device).manual_seed(seed)
-    # a compiled model would be compiled again for every length
-    eager = torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext()
-    with eager, autocast:
-        ids = raw_model.generate(prompt, 100, temperature=0.8, top_k=200, generator=generator)
-    raw_model.train()
-    return for_terminal(tokenizer.decode(ids[0].tolist()))
-
-
 def get_lr(it):
     """Return the learning rate of step `it`."""
+    # 0) constant, without warmup
+    if not decay_lr:
+        return learning_rate
     # 1) linear warmup for warmup_iters steps
-    if decay_lr and it < warmup_iters:
+    if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
-    if not decay_lr or lr_schedule == "constant":
+    if lr_schedule == "constant":
         return learning_rate
     # 2) if it >= lr_decay_iters, return min learning rate
     if it >= lr_decay_iters:
         return min_lr
     # 3) in between, decay down to min learning rate
-    start = max(warmup_iters, lr_decay_iters * (1 - wsd_decay_frac)) if lr_schedule == "wsd" else warmup_iters
-    ratio = max(0.0, (it - start) / max(lr_decay_iters - start, 1))
+    decay_start = warmup_iters
+    if lr_schedule == "wsd":
+        decay_start = max(warmup_iters, lr_decay_iters * (1 - wsd_decay_frac))
+    ratio = max(0.0, (it - decay_start) / max(lr_decay_iters - decay_start, 1))
     if lr_schedule == "cosine":
         ratio = 0.5 * (1.0 - math.cos(math.pi * ratio))
     return learning_rate + ratio * (min_lr - learning_rate)
@@ -412,8 +419,8 @@ def train():
     stopping = False
     model.train()
     while True:
-        # once in a while: save, evaluate, sample
-        if run.should_save(iter_num) or stopping and iter_num > run.saved_iter:
+        # once in a while: save, stop, evaluate, sample, finish
+        if run.should_save(iter_num) or (stopping and iter_num > run.saved_iter):
             run.save(LATEST)  # before the evaluation, so that a kill during it loses nothing
         if stopping:
             return 128 + (stop_signal.received or signal.SIGTERM)  # SIGTERM if another rank received the signal
@@ -425,7 +432,7 @@ def train():
             run.log(losses | {"memory": gpt.peak_memory(device_type)})
             print0(eval_line(losses))
             run.save_if_best(losses["val/loss"])
-        if run.should_sample(iter_num) and (is_master or use_fsdp):
+        if run.should_sample(iter_num) and (is_master or use_fsdp):  # FSDP needs all ranks to generate
             text = sample_text()
             run.log({"sample": text})
             print0(f"step {iter_num} sample:\n{text}\n---------------")
@@ -445,27 +452,29 @@ def train():
                 model.require_backward_grad_sync = micro_step + world_size >= gradient_accumulation_steps
             with autocast:
                 _, loss = model(X, Y, return_logits=False)
-                loss = loss * world_size / gradient_accumulation_steps  # DDP averages over the ranks
+                loss = loss * world_size / gradient_accumulation_steps  # DDP and FSDP average over the ranks
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
         scaler.unscale_(optimizer)
         grad_norm = gpt.clip_gradients(raw_model, grad_clip)
         # every rank must see the same loss, and stop at the same step
-        loss, stopping = sum_over_ranks([loss_sum.item() / world_size, float(stop_signal.received)], device)
-        # gradients in float16 overflow now and then: the scaler skips such steps
-        overflow = dtype == "float16" and scaler.get_scale() >= 1
-        if not math.isfinite(loss) or not math.isfinite(grad_norm) and not overflow:
+        loss, n_signals = sum_over_ranks([loss_sum.item() / world_size, float(stop_signal.received)], device)
+        stopping = n_signals > 0
+        # the scaler skips float16 gradients that overflow, unless its scale is at the end
+        may_overflow = dtype == "float16" and scaler.get_scale() >= 1
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_overflow):
             print0(
-                f"step {iter_num}: loss {loss}, gradient norm {grad_norm}: diverged, the weights are unchanged. "
-                "Resume with a lower --learning_rate, or with --dtype=float32"
+                f"step {iter_num}: loss {loss}, gradient norm {grad_norm}: diverged, no update was made. Resume from "
+                f"step {run.saved_iter} with a lower --learning_rate, or with --dtype=float32"
             )
             return 3
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=not use_ddp)  # DDP's gradients are views of its buckets
-        seconds, timed_steps = seconds + time.perf_counter() - t0, timed_steps + 1
+        seconds += time.perf_counter() - t0
+        timed_steps += 1
 
-        # log
+        # log: the loss of this step, the mean time of the steps since the last line
         if iter_num % log_interval == 0 and is_master:
             dt = seconds / timed_steps
             seconds, timed_steps = 0.0, 0
@@ -475,8 +484,20 @@ def train():
         iter_num += 1
 
 
+def sample_text():
+    """Generate 100 tokens from the prompt with a separate RNG, so that training is not affected."""
+    raw_model.eval()
+    generator = torch.Generator(device).manual_seed(seed)
+    # a compiled model would be compiled again for every length
+    eager = torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext()
+    with eager, autocast:
+        ids = raw_model.generate(prompt, 100, temperature=0.8, top_k=200, generator=generator)
+    raw_model.train()
+    return for_terminal(tokenizer.decode(ids[0].tolist()))
+
+
 def eval_line(losses):
-    """Return what is printed of an evaluation."""
+    """Format an evaluation for the terminal."""
     bits = losses["val/bits_per_byte"]
     line = f"step {iter_num}: train loss {losses['train/loss']:.4f}, val loss {losses['val/loss']:.4f}"
     line += f", perplexity {losses['val/perplexity']:.2f}"
@@ -487,7 +508,7 @@ def eval_line(losses):
 def throughput(dt):
     """Return tokens so far and per second, and the model FLOPs utilization, for steps of dt seconds."""
     mfu = None
-    if iter_num > first_iter:  # the first step warms up, and the peak of a CPU has to be measured
+    if iter_num > first_iter:  # the first step includes compilation
         peak, _ = gpt.peak_flops(device, ptdtype)
         sequences = gradient_accumulation_steps * batch_size / world_size
         mfu = gpt.estimate_mfu(raw_model, sequences, dt, peak, block_size) if peak else None
@@ -495,7 +516,7 @@ def throughput(dt):
 
 
 def progress_line(loss, lr, grad_norm, dt, speed):
-    """Return what is printed of a step."""
+    """Format a step for the terminal."""
     mfu = f"{speed['mfu']:.2%}" if speed["mfu"] else "unknown"
     eta = datetime.timedelta(seconds=round(min((max_iters - iter_num - 1) * dt, 1e10)))
     return (
@@ -531,7 +552,12 @@ class Run:
             with usage_errors():
                 os.makedirs(out_dir, exist_ok=True)
                 self.lock = FolderLock(out_dir)
-                self.continue_files() if resuming else self.move_earlier_run()
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(os.path.join(out_dir, "exit_code"))
+                if resuming:
+                    self.continue_files()
+                else:
+                    self.move_earlier_run()
                 open(self.metrics_path, "a").close()  # fail now if the folder is not writable
             self.open_loggers()
 
@@ -547,7 +573,7 @@ class Run:
             os.replace(self.metrics_path + ".tmp", self.metrics_path)
 
     def move_earlier_run(self):
-        names = (LATEST, PREVIOUS, BEST, "metrics.jsonl", "loss.png", "tensorboard", "exit_code")
+        names = (LATEST, PREVIOUS, BEST, "metrics.jsonl", "loss.png", "tensorboard")
         names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
         if not names:
             return
@@ -561,8 +587,6 @@ class Run:
         print0(f"moved the earlier run in {out_dir} to {folder}")
 
     def open_loggers(self):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(out_dir, "exit_code"))
         try:
             if tensorboard_log:
                 from torch.utils.tensorboard import SummaryWriter
@@ -579,7 +603,7 @@ class Run:
             package = "tensorboard" if "tensorboard" in str(e) else "wandb"
             fail(f"--{package}_log needs {package}: pip install {package}")
         except Exception as e:  # wandb's own errors, above all a missing login
-            fail(f"wandb: {first_line(e)} (type wandb login, or set WANDB_MODE=offline)")
+            fail(f"{first_line(e)} (for wandb: type wandb login, or set WANDB_MODE=offline)")
 
     def should_evaluate(self, it):
         return it % eval_interval == 0 or it >= max_iters or eval_only
@@ -592,19 +616,21 @@ class Run:
         return prompt is not None and it > 0 and (it % sample_interval == 0 or it >= max_iters)
 
     def save(self, name):
-        """Save ckpt.pt or ckpt_best.pt; ckpt.pt from GPUs in the background, from a copy in CPU memory.
+        """Save ckpt.pt or ckpt_best.pt; returns whether that succeeded, as far as is known.
 
-        On CPUs the write is synchronous, since it would compete with training.
+        From GPUs ckpt.pt is written in the background, from a copy in CPU memory. On CPUs the write is synchronous,
+        since it would compete with training.
         """
         self.wait()
         background = use_fsdp or device_type != "cpu"
         state = {
-            "model": gpt.weights_to_save(raw_model, keep_vars=background),  # Parameters show which weights are tied
+            # keep_vars: tied weights stay one object, which copy_to_cpu() copies once
+            "model": gpt.weights_to_save(raw_model, keep_vars=background),
             "model_args": gpt.model_args(raw_model.config),
             "iter_num": iter_num,
             "best_val_loss": self.best_val_loss,
             "config": config,
-            "tokenizer": description,
+            "tokenizer": tokenizer_description,
             "wandb_id": self.wandb_id,
         }
         if raw_model.lora:
@@ -614,9 +640,12 @@ class Run:
         if background:
             state = gpt.copy_to_cpu(state, is_master)
         if is_master:
+            # saving the same step again must not push out the previous one
             self.writer.save(state, name, keep_previous=iter_num > self.saved_iter)
         self.pending_iter = iter_num
-        return name == LATEST and background or self.wait(name)
+        if name == LATEST and background:
+            return True
+        return self.wait(name)
 
     def wait(self, name=LATEST):
         """Wait for the save in progress; returns whether it succeeded. Training goes on after a full disk."""
@@ -630,8 +659,8 @@ class Run:
         return succeeded
 
     def save_if_best(self, val_loss):
-        """Save ckpt_best.pt, and then ckpt.pt, if the validation loss is a new best."""
-        if val_loss >= self.best_val_loss or eval_only:
+        """Save ckpt_best.pt if the validation loss is a new best, and ckpt.pt if this step is not saved yet."""
+        if not val_loss < self.best_val_loss or eval_only:  # NaN is not a new best
             return
         previous, self.best_val_loss = self.best_val_loss, val_loss
         if iter_num > 0 and not self.save(BEST):
@@ -698,8 +727,9 @@ if not eval_only:
         "warmup_iters >= max_iters: learning_rate is never reached": decay_lr and 0 < max_iters <= warmup_iters,
         "lr_decay_iters exceeds max_iters: min_lr is never reached": decays and 0 < max_iters < lr_decay_iters,
     }
-    for message in (message for message, applies in warnings.items() if applies):
-        print0(f"WARNING: {message}")
+    for message, applies in warnings.items():
+        if applies:
+            print0(f"WARNING: {message}")
 if not resuming:
     run.log({"parameters": n_params})
 
@@ -708,7 +738,9 @@ try:
 except DataError as e:
     print(f"error: {e}", file=sys.stderr)
     exit_code = 2
-    if not distributed and iter_num > run.saved_iter and not eval_only:
+    if distributed:  # the other ranks wait in a collective: leave, and torchrun stops them
+        configurator.exit_now(exit_code, distributed)
+    if iter_num > run.saved_iter and not eval_only:
         run.save(LATEST)
 run.wait()
 

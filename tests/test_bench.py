@@ -96,7 +96,7 @@ def test_generation_of_a_checkpoint_with_int8_weights(script, bench, tiny, tmp_p
     "flags, message",
     [
         (["--batch_size=0"], "--batch_size must be at least 1"),
-        (["--classic=nowhere"], "No such file or directory: nowhere"),
+        (["--classic=nowhere"], "No such file or directory"),
         (["--compare=nowhere.py"], "no config file nowhere.py"),
         (["--compare=gpt3"], "no config file gpt3"),
         (["--compare=config/modern.py,a/modern.py"], "two models have the name modern"),
@@ -113,9 +113,8 @@ def test_wrong_usage_is_one_line(script, flags, message):
     assert result.code == 2 and len(errors) == 1 and message in errors[0]
 
 
-@pytest.mark.skipif(not hasattr(torch, "cpu"), reason="needs Linux")
 def test_out_of_memory_in_a_worker_is_one_line(start_process):
-    flags = ["--real_data=False", "--steps=1", "--batch_size=1000000000", "--compare=config/modern.py"]
+    flags = ["--real_data=False", "--steps=1", "--batch_size=10000000000000", "--compare=config/modern.py"]
     process = start_process("bench.py", *SHAPE, *SYSTEM, *flags)
     _, err = process.communicate(timeout=120)
     errors = [line for line in err.splitlines() if not line.startswith("settings:")]

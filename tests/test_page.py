@@ -1,48 +1,75 @@
-"""sample.py --serve, asked by gradio's own client."""
+"""sample.py --serve, requested by gradio's own client."""
 
+import os
 import re
 import signal
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
+
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # the client would connect to another machine
+
+from gradio_client import Client  # noqa: E402
+from gradio_client.exceptions import AppError  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def page(trained):
+    """The process that serves the page of a tiny model, and its address."""
+    flags = (f"--out_dir={trained}", "--device=cpu", "--dtype=float32", "--temperature=0", f"--max_new_tokens={10**9}")
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "sample.py", *flags, "--serve=True"], cwd=ROOT, **pipes)
+    address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())
+    assert address, process.communicate()
+    yield process, address[0]
+    process.kill()
+    process.communicate()
 
 
 @pytest.fixture
-def page(trained, start_process, monkeypatch):
-    """The process that serves the page of a tiny model, and its address."""
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")  # the client would look up a machine far away
-    flags = (f"--out_dir={trained}", "--device=cpu", "--dtype=float32", "--temperature=0", f"--max_new_tokens={10**9}")
-    process = start_process("sample.py", *flags, "--serve=True")
-    address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())
-    assert address, process.communicate()
-    return process, address[0]
+def client(page):
+    return Client(page[1], verbose=False)
 
 
-def test_visitors_stream_text_and_mistakes_are_answered(page, sample):
-    from gradio_client import Client
-    from gradio_client.exceptions import AppError
-
-    process, address = page
+def test_several_visitors_stream_the_same_text(page, sample):
     expected = sample("--start=Call me Ish", "--max_new_tokens=20", "--num_samples=1", "--temperature=0").out
-    clients = [Client(address, verbose=False) for _ in range(2)]
+    clients = [Client(page[1], verbose=False) for _ in range(2)]
     jobs = [client.submit("Call me Ish", length=20, api_name="/generate") for client in clients]  # at once
     for job in jobs:
         text, speed = job.result(timeout=60)
         assert f"{text}\n---------------\n" == expected and re.fullmatch(r"[\d.]+ tokens/s", speed)
         pieces = [text for text, _ in job.outputs()]
-        assert pieces[0] == "Call me Ish" and all(b.startswith(a) for a, b in zip(pieces, pieces[1:], strict=False))
-        assert len(pieces) > 10
-    ask = clients[0].predict
-    assert ask("Call me Ish", 0, 0, 0, 20, "l", api_name="/generate")[0] == "Call me Ishmae"
-    assert len(ask("Call", 2.0, 5, 0.9, 7, "", api_name="/generate")[0]) == 11
-    assert ask("", length=3, api_name="/generate")[0]
-    for wrong, message in ((dict(prompt="日本"), "no token for"), (dict(temperature=-1), "less than minimum value")):
-        with pytest.raises(AppError, match=message):
-            ask(**{"prompt": "Call", "length": 9} | wrong, api_name="/generate")
-    endless = [clients[0].submit("Call", 1, 0, 0, 10**9, "", api_name="/generate") for _ in range(8)]  # as many as go
+        assert pieces[0] == "Call me Ish" and len(pieces) > 10
+        assert all(later.startswith(earlier) for earlier, later in zip(pieces, pieces[1:], strict=False))
+
+
+def test_sampling_options(client):
+    assert client.predict("Call me Ish", 0, 0, 0, 20, "l", api_name="/generate")[0] == "Call me Ishmae"
+    assert len(client.predict("Call", 2.0, 5, 0.9, 7, "", api_name="/generate")[0]) == len("Call") + 7
+    assert client.predict("", length=3, api_name="/generate")[0]
+
+
+@pytest.mark.parametrize(
+    "inputs, message", [(dict(prompt="日本"), "no token for"), (dict(temperature=-1), "less than minimum value")]
+)
+def test_visitors_see_their_mistakes(client, inputs, message):
+    with pytest.raises(AppError, match=message):
+        client.predict(**{"prompt": "Call", "length": 9} | inputs, api_name="/generate")
+
+
+def test_cancel_makes_room_for_others(client):
+    endless = [client.submit("Call", 1, 0, 0, 10**9, "", api_name="/generate") for _ in range(8)]  # as many as run
     for job in endless:
         next(iter(job))
         assert job.cancel()
-    assert clients[1].submit("Call me Ish", length=20, api_name="/generate").result(timeout=120)[0] == text
+    assert client.submit("Call me Ish", length=20, api_name="/generate").result(timeout=120)[0]
+
+
+def test_ctrl_c_ends_the_page(page, client):
+    next(iter(client.submit("Call", 1, 0, 0, 10**9, "", api_name="/generate")))
+    process, _ = page
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    assert "no token for" not in process.stderr.read()  # the visitor was told, not the terminal
+    assert "no token for" not in process.stderr.read()  # visitors see their mistakes, the terminal does not

@@ -1,3 +1,5 @@
+"""sample.py: what it prints for a tiny model that knows its text by heart, and how it answers mistakes."""
+
 import io
 import re
 import shutil
@@ -9,16 +11,19 @@ from conftest import TEXT
 
 from model import LATEST, read_checkpoint, save_checkpoint
 
-
-def test_text_is_what_was_learned(sample):
-    out = sample("--start=Call me Ish", "--max_new_tokens=20", "--num_samples=2", "--temperature=0").out
-    assert out == f"{TEXT[:31]}\n---------------\n" * 2
+GREEDY = ["--start=Call me Ish", "--num_samples=1", "--max_new_tokens=20", "--temperature=0"]
+GREEDY_TEXT = f"{TEXT[:31]}\n---------------\n"
 
 
-def test_the_seed_decides(sample):
-    a, b, c = (sample("--start=Call", "--max_new_tokens=40", f"--seed={s}", "--temperature=2.0").out for s in (1, 1, 2))
-    assert a == b != c and a.count("---------------") == 10
-    assert len(set(a.split("---------------"))) > 5  # the samples of a batch differ
+def test_greedy_text_is_the_training_text(sample):
+    assert sample(*GREEDY, "--num_samples=2").out == GREEDY_TEXT * 2
+
+
+def test_seed_determines_the_text(sample):
+    flags = ["--start=Call", "--max_new_tokens=40", "--temperature=2.0"]
+    first, again, other = (sample(*flags, f"--seed={seed}").out for seed in (1, 1, 2))
+    assert first == again != other and first.count("---------------") == 10
+    assert len(set(first.split("---------------"))) > 5  # the samples of a batch differ
 
 
 def test_streamed_text_equals_batched_text(sample):
@@ -26,24 +31,24 @@ def test_streamed_text_equals_batched_text(sample):
     assert sample(*flags, "--stream").out == sample(*flags).out
 
 
-def test_slide_and_stop(sample):
-    flags = ["--start=Call me Ish", "--num_samples=2", "--max_new_tokens=300", "--temperature=0"]
-    assert sample(*flags, "--slide=8").out.startswith(TEXT[:30])
-    for more in ([], ["--stream"]):
-        out = sample(*flags, "--stop=y", *more).out
-        assert out == f"{TEXT[: TEXT.index('y')]}\n---------------\n" * 2
+def test_slide_continues_past_the_context(sample):
+    assert sample(*GREEDY, "--max_new_tokens=300", "--slide=8").out.startswith(TEXT[:30])
 
 
-def test_prompts_from_a_file_and_from_stdin(sample, tmp_path, monkeypatch):
-    flags = ["--num_samples=1", "--max_new_tokens=20", "--temperature=0"]
-    expected = sample("--start=never mind", *flags).out
-    (tmp_path / "prompt.txt").write_text("never mind")
-    assert sample(f"--start=FILE:{tmp_path / 'prompt.txt'}", *flags).out == expected
-    monkeypatch.setattr("sys.stdin", io.StringIO("never mind"))
-    assert sample("--start=-", *flags).out == expected
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_stop_ends_each_sample(sample, flags):
+    out = sample(*GREEDY, "--num_samples=2", "--max_new_tokens=300", "--stop=y", *flags).out
+    assert out == f"{TEXT[: TEXT.index('y')]}\n---------------\n" * 2
 
 
-def test_interactive_goes_on_after_a_wrong_prompt(trained, start_process):
+def test_prompt_from_file_and_stdin(sample, tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_text("Call me Ish")
+    assert sample(*GREEDY, f"--start=FILE:{tmp_path / 'prompt.txt'}").out == GREEDY_TEXT
+    monkeypatch.setattr("sys.stdin", io.StringIO("Call me Ish"))
+    assert sample(*GREEDY, "--start=-").out == GREEDY_TEXT
+
+
+def test_interactive_continues_after_a_wrong_prompt(trained, start_process):
     flags = [f"--out_dir={trained}", "--interactive", "--max_new_tokens=20", "--temperature=0", "--device=cpu"]
     process = start_process("sample.py", *flags, stdin=subprocess.PIPE)
     out, err = process.communicate("Call me Ish\n\né\nnever mind\n", timeout=60)
@@ -52,28 +57,24 @@ def test_interactive_goes_on_after_a_wrong_prompt(trained, start_process):
     assert re.search("Some years", out) and re.search("how long", out)
 
 
-def test_a_path_to_a_checkpoint(sample, trained):
-    flags = ["--start=Call", "--max_new_tokens=20", "--num_samples=1"]
-    expected = sample(*flags).out
-    assert sample(f"--init_from={trained / LATEST}", "--out_dir=nowhere", *flags).out == expected
-    assert sample(f"--init_from={trained}", "--out_dir=nowhere", *flags).out == expected
+def test_init_from_a_checkpoint_or_its_folder(sample, trained):
+    for init_from in (trained / LATEST, trained):
+        assert sample(f"--init_from={init_from}", "--out_dir=nowhere", *GREEDY).out == GREEDY_TEXT
 
 
-def test_dtypes_8_bit_weights_and_compile(sample):
-    flags = ["--start=Call me Ish", "--max_new_tokens=20", "--num_samples=1", "--temperature=0"]
-    assert sample(*flags, "--dtype=bfloat16").out.startswith(TEXT[:30])
-    assert sample(*flags, "--int8").out.startswith(TEXT[:30])
-    if not shutil.which("g++"):
+@pytest.mark.parametrize("flag", ["--dtype=bfloat16", "--int8", "--compile"])
+def test_faster_weights_generate_the_same_text(sample, flag):
+    if flag == "--compile" and not shutil.which("g++"):
         pytest.skip("no g++ to compile with")
-    result = sample(*flags, "--compile")
-    assert result.out.startswith(TEXT[:30]) and "does not work here" not in result.err
+    result = sample(*GREEDY, flag)
+    assert result.out == GREEDY_TEXT and "does not work here" not in result.err
 
 
-def test_a_damaged_best_falls_back_loudly(sample, trained):
-    (trained / "ckpt_best.pt").write_bytes(b"damaged")
+def test_corrupt_best_checkpoint_is_reported_and_skipped(sample, trained):
+    (trained / "ckpt_best.pt").write_bytes(b"corrupt")
     try:
-        result = sample("--start=Call", "--max_new_tokens=5")
-        assert "ckpt_best.pt is damaged" in result.err and "ckpt.pt: step 200" in result.err
+        result = sample(*GREEDY)
+        assert "ckpt_best.pt is corrupt" in result.err and f"loaded {trained / LATEST}, step 200" in result.err
     finally:
         (trained / "ckpt_best.pt").unlink()
 
@@ -84,82 +85,88 @@ def test_a_damaged_best_falls_back_loudly(sample, trained):
         (["--start=é"], "no token for 'é'"),
         (["--start="], "the prompt is empty"),
         (["--start=FILE:nowhere.txt"], "No such file or directory: nowhere.txt"),
-        (["--stop=two"], "stop must be one token"),
+        (["--stop=two"], "--stop must be one token, but 'two' is 3"),
         (["--stop=é"], "no token for 'é'"),
-        (["--num_samples=0"], "num_samples must be at least 1"),
-        (["--temperature=-1.0"], "must not be negative"),
-        (["--top_p=1.5"], "must lie in [0, 1]"),
+        (["--num_samples=0"], "--num_samples must be at least 1, got 0"),
+        (["--temperature=-1.0"], "--temperature must be at least 0, got -1.0"),
+        (["--top_p=1.5"], "--top_p must be at most 1, got 1.5"),
         (["--out_dir=nowhere"], "no checkpoint in nowhere"),
         (["--init_from=nowhere.pt"], "No such file or directory: nowhere.pt"),
-        (["--init_from=README.md"], "README.md is damaged or is not a checkpoint"),
+        (["--init_from=README.md"], "README.md is corrupt or not a checkpoint"),
         (["--tempreature=1"], "did you mean temperature?"),
+        (["--merge"], "--merge needs --export=folder"),
+        (["--compare"], "need a LoRA adapter, but this is a whole model"),
+        (["--serve", "--compile"], "--serve cannot be combined with --compile"),
+        (["--export={trained}"], "contains another model or adapter: export to another folder"),
     ],
 )
-def test_wrong_input_is_one_line(sample, flags, message):
-    result = sample(*flags, code=2)
-    errors = [line for line in result.err.splitlines() if not line.startswith(("settings:", "device ", "ckpt"))]
+def test_wrong_input_is_one_line(sample, trained, flags, message):
+    result = sample(*(flag.format(trained=trained) for flag in flags), code=2)
+    errors = [line for line in result.err.splitlines() if not line.startswith(("settings:", "device ", "loaded "))]
     assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
     assert result.out == ""
 
 
-def test_a_checkpoint_that_does_not_fit_its_own_settings(sample, trained, tmp_path):
-    state = read_checkpoint(trained / LATEST)
-    for change, message in (
-        (dict(n_embd=64), "weights do not fit the model"),
-        (dict(n_experts=4), "unknown here: n_experts"),
-    ):
-        save_checkpoint({**state, "model_args": {**state["model_args"], **change}}, tmp_path)
-        assert message in sample(f"--init_from={tmp_path}", code=2).err
+@pytest.fixture
+def changed(trained, tmp_path):
+    """changed(entries) saves the trained checkpoint with other entries; returns a flag to sample from it."""
+
+    def save(**entries):
+        save_checkpoint(read_checkpoint(trained / LATEST) | entries, tmp_path)
+        return f"--init_from={tmp_path}"
+
+    return save
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [(dict(n_embd=64), "the weights do not fit the model"), (dict(n_experts=4), "invalid model_args")],
+)
+def test_checkpoint_with_wrong_model_args(sample, trained, changed, change, message):
+    model_args = read_checkpoint(trained / LATEST)["model_args"]
+    assert message in sample(changed(model_args=model_args | change), code=2).err
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_checkpoint_with_nan_or_inf_is_refused(sample, trained, tmp_path, value):
-    state = read_checkpoint(trained / LATEST)
-    state["model"]["transformer.ln_f.weight"][0] = value
-    save_checkpoint(state, tmp_path)
-    assert "contains NaN or inf" in sample(f"--init_from={tmp_path}", code=2).err
+def test_checkpoint_with_nan_or_inf_is_refused(sample, trained, changed, value):
+    weights = read_checkpoint(trained / LATEST)["model"]
+    weights["transformer.ln_f.weight"][0] = value
+    assert "contains NaN or inf" in sample(changed(model=weights), code=2).err
 
 
-def test_a_tokenizer_of_another_size_than_the_model(sample, trained, tmp_path):
-    state = read_checkpoint(trained / LATEST)
-    characters = state["tokenizer"]["characters"]
-    save_checkpoint({**state, "tokenizer": {"kind": "char", "characters": characters[:3]}}, tmp_path)
-    assert "\ufffd" in sample(f"--init_from={tmp_path}", f"--start={characters[0]}", "--max_new_tokens=9").out
-    save_checkpoint({**state, "tokenizer": {"kind": "char", "characters": characters + "é"}}, tmp_path)
-    assert "past the model's vocabulary" in sample(f"--init_from={tmp_path}", "--start=é", code=2).err
+def test_tokenizer_of_another_size_than_the_model(sample, trained, changed):
+    characters = read_checkpoint(trained / LATEST)["tokenizer"]["characters"]
+    fewer = changed(tokenizer={"kind": "char", "characters": characters[:3]})
+    assert "\ufffd" in sample(fewer, f"--start={characters[0]}", "--max_new_tokens=9").out
+    more = changed(tokenizer={"kind": "char", "characters": characters + "é"})
+    assert f"the model's vocabulary ends at {len(characters) - 1}" in sample(more, "--start=é", code=2).err
 
 
-@pytest.mark.parametrize("dataset", [3, None, ["x"], "nowhere"])
-def test_a_checkpoint_that_names_no_dataset_says_so(sample, trained, tmp_path, dataset):
-    state = read_checkpoint(trained / LATEST)
-    save_checkpoint({**state, "tokenizer": None, "config": {"dataset": dataset}}, tmp_path)
-    assert "nothing says which text" in sample(f"--init_from={tmp_path}", code=2).err
+def test_checkpoint_without_tokenizer_uses_its_dataset(sample, trained, changed, tiny):
+    weights = {"_orig_mod." + name: weight for name, weight in read_checkpoint(trained / LATEST)["model"].items()}
+    nanogpt = changed(model=weights, tokenizer=None, config={"dataset": tiny})
+    assert sample(nanogpt, *GREEDY).out == GREEDY_TEXT
+    without = changed(tokenizer=None, config={"dataset": "nowhere"})
+    assert "no tokenizer for a vocabulary of" in sample(without, code=2).err
+    assert sample(without, *GREEDY, f"--dataset={tiny}").out == GREEDY_TEXT
 
 
-def test_ctrl_c_and_too_little_memory_are_no_tracebacks(trained, start_process):
-    flags = [f"--out_dir={trained}", "--start=Call", "--device=cpu"]
-    process = start_process("sample.py", *flags, "--stream", "--max_new_tokens=1000000")
+def test_ctrl_c_exits_with_130(trained, start_process):
+    flags = [f"--out_dir={trained}", "--start=Call", "--device=cpu", "--stream", "--max_new_tokens=1000000"]
+    process = start_process("sample.py", *flags)
     process.stdout.read(20)
     process.send_signal(signal.SIGINT)
     assert "Traceback" not in process.communicate()[1] and process.returncode == 130
-    process = start_process("sample.py", *flags, "--num_samples=1000000000000")
+
+
+def test_lack_of_memory_is_one_line(trained, start_process):
+    process = start_process("sample.py", f"--out_dir={trained}", "--device=cpu", "--num_samples=1000000000000")
     err = process.communicate()[1]
     assert "error: out of memory" in err and "Traceback" not in err and process.returncode == 2
 
 
-def test_a_closed_pipe_ends_it_quietly(trained, start_process):
+def test_closed_pipe_ends_it_quietly(trained, start_process):
     process = start_process("sample.py", f"--out_dir={trained}", "--start=Call", "--stream", "--device=cpu")
     process.stdout.read(5)
     process.stdout.close()
     assert process.stderr.read().count("Traceback") == 0 and process.wait() != 0
-
-
-def test_a_classic_checkpoint_takes_the_tokenizer_of_its_dataset(sample, trained, tiny, tmp_path):
-    state = read_checkpoint(trained / LATEST)
-    del state["tokenizer"]
-    state["model"] = {"_orig_mod." + k: v for k, v in state["model"].items()}
-    save_checkpoint({**state, "config": {"dataset": tiny}}, tmp_path)
-    flags = ["--start=Call me Ish", "--max_new_tokens=30", "--num_samples=1", "--temperature=0"]
-    assert sample(f"--init_from={tmp_path}", *flags).out.startswith(TEXT[:30])
-    save_checkpoint(state, tmp_path)
-    assert "nothing says which text" in sample(f"--init_from={tmp_path}", *flags, code=2).err

@@ -286,7 +286,7 @@ def test_schedule_reaches_the_optimizer(train, tiny_run):
 def test_diverged_run_stops_before_the_update(train, tiny_run):
     flags = ["--learning_rate=1e30", "--decay_lr=False", "--grad_clip=0.0", "--save_interval=1", "--dropout=0.0"]
     result = train(tiny_run.flags, *flags, code=3)
-    assert "diverged, the weights are unchanged" in result.out
+    assert "diverged, no update was made" in result.out
     step = int(re.search(r"^step (\d+): loss", result.out, re.M)[1])
     state = read_checkpoint(tiny_run.out / LATEST)
     assert state["iter_num"] == step  # saved before the step that failed
@@ -555,7 +555,7 @@ def test_settings_that_differ_from_the_checkpoint_are_refused(script, tiny_run, 
     "change, message",
     [
         (dict(model=[1]), "it has no model"),
-        (dict(model={"a": torch.ones(2)}), "a: expected nothing, got (2,)"),
+        (dict(model={"a": torch.ones(2)}), "the weights do not fit the model"),
         (dict(model_args={"n_experts": 3}), "unexpected keyword argument 'n_experts'"),
         (dict(tokenizer={"kind": "char"}), "unknown tokenizer description"),
         (dict(config={"weight_decay": -1.0}), "--weight_decay must be at least 0"),
@@ -725,7 +725,7 @@ def test_fsdp_in_bfloat16_is_close_to_one_process(torchrun, train, tiny_run, tmp
 def test_nan_on_one_rank_stops_all_before_the_update(torchrun, tiny_run):
     job = torchrun("tests/faulty_train.py", *tiny_run.flags, "--save_interval=1", env={"FAULTS": "nan"})
     out, err = job.communicate(timeout=120)
-    step = int(re.search(r"step (\d+): loss nan.*diverged, the weights are unchanged", out)[1])
+    step = int(re.search(r"step (\d+): loss nan.*diverged, no update was made", out)[1])
     assert read_checkpoint(tiny_run.out / LATEST)["iter_num"] == step and job.returncode == 1, err
     assert (tiny_run.out / "exit_code").read_text() == "3\n"
 
