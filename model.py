@@ -298,7 +298,7 @@ class GPT(nn.Module):
         block_size = self.config.block_size
         if not 1 <= slide <= block_size:
             raise ValueError(f"slide must be between 1 and block_size ({block_size}), got {slide}")
-        context, caches = idx[:, -block_size:], None
+        context, token, caches = idx[:, -block_size:], None, None
         finished = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             # prefill the context, then decode one token at a time
@@ -310,7 +310,7 @@ class GPT(nn.Module):
                 caches = [KVCache(size) for _ in self.transformer.h]
                 logits = self.prefill(context, caches)
             else:
-                logits = self.decode_one_token(context[:, -1], context.size(1) - 1, caches)
+                logits = self.decode_one_token(token, context.size(1) - 1, caches)
             # sample it, and append it to the context
             token = sample_next(logits, temperature, top_k, top_p, generator)
             if stop is not None:

@@ -211,12 +211,15 @@ def stream_to_page(prompt, temperature, top_k, top_p, length, stop):
 
 
 def serve_page():
-    """Serve a page on 127.0.0.1 until Ctrl-C: prompt and options, next to the text."""
+    """Serve a page on 127.0.0.1 until Ctrl-C: prompt, text and options."""
     with gr.Blocks(title=f"plainGPT: {path or init_from}", analytics_enabled=False) as page:
         with gr.Row():
-            with gr.Column():
+            with gr.Column(scale=2):
                 prompt = gr.Textbox(start.strip("\n"), label="Prompt", lines=4, placeholder="Shift+Enter generates")
-                generate_button, stop_button = gr.Button("Generate", variant="primary"), gr.Button("Stop")
+                with gr.Row():
+                    generate_button, stop_button = gr.Button("Generate", variant="primary"), gr.Button("Stop")
+                text, speed = gr.Textbox(label="Text", lines=12, buttons=["copy"]), gr.Textbox(label="Speed")
+            with gr.Column():
                 k_max, n_max = max(vocab_size, top_k), max(4000, max_new_tokens)
                 options = [
                     gr.Slider(0, max(2, temperature), temperature, step=0.05, label="Temperature (0: greedy)"),
@@ -225,8 +228,6 @@ def serve_page():
                     gr.Slider(1, n_max, max_new_tokens, step=1, precision=0, label="Length in tokens"),
                     gr.Textbox(stop, label="Stop at this text"),
                 ]
-            with gr.Column():
-                text, speed = gr.Textbox(label="Text", lines=12, buttons=["copy"]), gr.Textbox(label="Speed")
         triggers = [generate_button.click, prompt.submit, options[-1].submit]
         run = gr.on(
             triggers, stream_to_page, [prompt, *options], [text, speed],

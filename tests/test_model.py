@@ -107,6 +107,7 @@ def test_compiled_decoding_has_static_shapes_and_equals_eager(settings, monkeypa
     def record(step, **options):
         def recorded(token, pos, caches):
             positions.append(pos.item())
+            assert token.stride() == (1,)  # another stride would be compiled again
             assert token.shape == (3,) and caches[0].visible == caches[0].k.size(2) == 16
             return step(token, pos, caches)
 
