@@ -300,8 +300,7 @@ class Runner:
         starts = eval_windows(len(self.tokens["val"]), block_size, 20 * batch_size)
         batches = np.array_split(starts, math.ceil(len(starts) / batch_size))
         batches = (load_batch(self.tokens["val"], batch, block_size, vocab_size, device) for batch in batches)
-        # return_logits=False does not support int8 weights
-        loss, count = gpt.sum_losses(lambda X, Y, return_logits: self.model(X, Y), batches)
+        loss, count = gpt.sum_losses(self.model, batches)
         return math.exp(loss / count)
 
 

@@ -129,6 +129,7 @@ def test_int8_weights_give_close_logits(settings):
     assert len(matrices) == 2 * 4 + 1 and sum(b.numel() for b in matrices) > 0.8 * count
     for _ in range(2):  # in float32, then in bfloat16, which has a kernel for few rows
         again, loss_again = model(idx, idx)
+        assert model(idx, idx, return_logits=False)[1] == loss_again
         assert 0 < (again - logits).abs().max() < 0.05 * logits.abs().max() and abs(loss_again - loss) < 0.05
         few, _ = model(idx[:1, :4])
         torch.testing.assert_close(few[0, -1].float(), logits[0, 3], atol=0.05 * logits.abs().max().item(), rtol=0)
