@@ -1,7 +1,6 @@
 """
-The GPT model, with the architectures of GPT-2, Llama and Qwen3. Read sections 1 to 5 first: they are the model and
-nothing else. The layers that they take from section 11 behave like PyTorch's of the same name. Skip the rest until you
-need it: optimizers, weights in and out, LoRA, checkpoint files, FLOPs and memory.
+The GPT model, with the architectures of GPT-2, Llama and Qwen3. Sections 1 to 5 are the model and nothing else; the
+layers they take from section 11 behave like PyTorch's of the same name. Skip the other sections until you need them.
 
 Shape letters: B sequences of T tokens, C = n_embd channels, H query heads and G key/value heads of D = head_dim
 channels, S keys (cached and new ones; S = T without a cache), V tokens in the vocabulary.
@@ -56,7 +55,6 @@ class GPTConfig:
 
     def __post_init__(self):
         check_config(self)  # ValueError, see section 7
-        # defaults that follow from other fields
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.n_kv_head = self.n_kv_head or self.n_head
         # swiglu has three matrices instead of two, so 8/3 instead of 4 keeps the parameter count
@@ -126,7 +124,9 @@ def attention(q, k, v, mask=None, dropout=0.0):
     mask, (T, S), is True where a query may attend to a key; None: causal attention with S == T.
     """
     if q.is_cpu and q.requires_grad and mask is None:
-        return train_attention_on_cpu(q, k, v, dropout)  # the same, see section 11
+        return train_attention_on_cpu(q, k, v, dropout)  # equal and faster, see section 11
+    if mask is not None and q.size(2) == 1 and torch.compiler.is_compiling():
+        return attend_one_token(q, k, v, mask)
     with torch.autocast(q.device.type, enabled=False):  # attend in q's dtype, also where autocast has another
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=q.size(1) > k.size(1)
@@ -1334,6 +1334,16 @@ class ShortAttention(torch.autograd.Function):
         dk = dscores.mT @ q
         dv = (probs if kept is None else probs * kept).mT @ dy
         return dq.view(B, H, T, D), dk.view(B, -1, T, D), dv.view(B, -1, T, D), None
+
+
+def attend_one_token(q, k, v, mask):
+    """Attention of one query per sequence, as sums that torch.compile fuses: faster than SDPA with a mask."""
+    B, H, _, D = q.shape
+    q = q.view(B, k.size(1), -1, 1, D)  # (B, G, H / G, 1, D): query heads that share keys and values
+    k, v = k.unsqueeze(2), v.unsqueeze(2)  # (B, G, 1, S, D)
+    scores = (q.float() * k).sum(dim=-1) / math.sqrt(D)  # (B, G, H / G, S)
+    probs = scores.masked_fill(~mask[0], -math.inf).softmax(dim=-1)
+    return (probs.unsqueeze(-1) * v).sum(dim=-2).to(v.dtype).view(B, H, 1, D)
 
 
 def linear_cross_entropy(x, weight, targets):

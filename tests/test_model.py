@@ -14,6 +14,7 @@ from model import (
     KVCache,
     ShortAttention,
     apply_rope,
+    attend_one_token,
     compile_generation,
     enable_gradient_checkpointing,
     flops_per_token,
@@ -300,6 +301,15 @@ def test_short_attention_and_gradients_equal_sdpa(n_kv_head, dtype, tolerance):
         results.append((y, *(x.grad for x in inputs)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours.float(), theirs, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2])
+def test_attend_one_token_equals_sdpa_with_a_mask(n_kv_head):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 1, 8), torch.randn(2, n_kv_head, 12, 8), torch.randn(2, n_kv_head, 12, 8)
+    mask = torch.arange(12)[None] <= 7
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(attend_one_token(q, k, v, mask), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_attention_dropout_rescales_forward_and_backward():
