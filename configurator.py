@@ -104,6 +104,8 @@ def configure(script):
     """
     sys.excepthook = report_error
     repair_streams()
+
+    # the defaults, first changed by the environment
     defaults = {k: v for k, v in script.items() if k[0] != "_" and k.islower() and type(v) in (int, float, bool, str)}
     settings = defaults | read_environment(defaults)
     args, explicit = sys.argv[1:], set()
@@ -111,6 +113,7 @@ def configure(script):
         print_help(script, settings)
         sys.exit(0)
 
+    # config files and flags, in order
     while args:
         arg = args.pop(0)
         if arg.startswith("-") or "=" in arg:
@@ -121,6 +124,7 @@ def configure(script):
         explicit |= values.keys()
     script.update(settings)
 
+    # say what differs from the defaults
     changed = [f"{k}={v!r}" for k, v in settings.items() if k in explicit and v != defaults[k]]
     if changed and os.environ.get("RANK", "0") == "0":
         print("settings:", ", ".join(changed), file=sys.stderr)
@@ -156,10 +160,12 @@ def read_flag(arg, rest, defaults):
 
     Takes the value of `--key value` out of rest, the arguments that follow.
     """
+    # the name may have dashes for underscores
     name, equals, text = arg.partition("=")
     key = name.lstrip("-").replace("-", "_")
     if key not in defaults:
         fail(unknown_setting(key or arg, defaults))
+    # the value follows, unless this is the flag of a boolean
     if not equals:
         is_flag = isinstance(defaults[key], bool)
         if is_flag and not (rest and rest[0].lower() in ("true", "false")):
@@ -191,11 +197,13 @@ def convert(key, value, default, source):
 
     Example: 1, 0.1 -> 1.0; 1e4, 100 -> 10000
     """
+    # numbers that are equal in the other type
     kind = type(default)
     if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)
+    # a value of the type, finite and in 64 bits
     if type(value) is int and abs(value) >= 2**63:
         fail(f"{source}: {key} is too large")
     if type(value) is not kind or kind is float and not math.isfinite(value):
@@ -205,6 +213,10 @@ def convert(key, value, default, source):
 
 
 def unknown_setting(key, known):
+    """Return the message for an unknown setting.
+
+    Example: "n_layers", ["n_layer"] -> "unknown setting n_layers (did you mean n_layer?)"
+    """
     near = difflib.get_close_matches(key, known, n=1)
     return f"unknown setting {key}" + (f" (did you mean {near[0]}?)" if near else " (--help lists all)")
 
@@ -227,6 +239,7 @@ def read_config(path, namespace, defaults):
     Settings of train.py that the running script lacks are skipped, so that one file serves every script. Other names
     are helper variables of the file, unless they look like a misspelled setting.
     """
+    # read it
     try:
         with open(path, "rb") as f:
             source = f.read()
@@ -235,6 +248,8 @@ def read_config(path, namespace, defaults):
         fail(f"no config file {path}" + (f" (did you mean {near[0]}?)" if near else ""))
     except OSError as e:
         fail(f"cannot read config file {path}: {e.strerror}")
+
+    # run it, in a namespace that records assignments
     after = Assigned(namespace)
     try:
         exec(compile(source, path, "exec"), after)
@@ -243,7 +258,7 @@ def read_config(path, namespace, defaults):
     except BaseException as e:  # SystemExit and RecursionError, too
         fail(f"{path}: {type(e).__name__}: {e}")
 
-    # functions with `global` change values without an assignment in the namespace
+    # compare: a function with `global` changes a value without an assignment that is recorded
     changed = {name for name in defaults if after.get(name) is not namespace[name]} | after.assigned
     train_settings = setting_lines(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
     for name in sorted(changed - defaults.keys() - train_settings.keys()):
@@ -256,6 +271,7 @@ def read_config(path, namespace, defaults):
 
 def inherit(settings, given, saved, source):
     """Take over the settings of a checkpoint, except those given; returns the changes as "name old -> new"."""
+    # nanoGPT's checkpoints have settings that are unknown here
     saved = {k: v for k, v in saved.items() if k in settings and type(v) in (int, float, bool, str)}
     for name in saved.keys() - given:
         settings[name] = convert(name, saved[name], settings[name], source)
@@ -312,16 +328,19 @@ def setting_lines(path):
 def print_help(script, settings):
     """Print the script's docstring, then each setting with its default and its comment."""
     exit_quietly_on_closed_pipe()
+    # the comments and defaults, by line number
     with open(script["__file__"], "rb") as f:
         comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.tokenize(f.readline) if t.string[:1] == "#"}
     lines = setting_lines(script["__file__"])
     flags = {number: f"  --{name}={default}" for name, (number, default) in lines.items()}
+    # settings whose defaults come from the environment
     for variable, key in ENVIRONMENT.items():
         if key in lines:
             number, value = lines[key][0], os.environ.get(variable, "").strip()
             flags[number] = f"  --{key}={settings[key]!r}" if value else flags[number]
             comments[number] = f"{comments.get(number, '')} [env: {variable}{'=' + value if value else ''}]"
 
+    # in the order of the source, with the comments between them as titles
     print((script["__doc__"] or "").strip() + "\n\nsettings:")
     for number in range(min(flags) - 1, max(flags) + 1):
         if number in flags:
@@ -342,6 +361,7 @@ def pick_device(device="auto", dtype="auto", tuned=True):
     """
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         fail(f"--dtype must be one of auto, float32, bfloat16, float16, got {dtype}")
+    # torchrun gives each process on a node a GPU of its own
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device == "auto":
@@ -349,6 +369,7 @@ def pick_device(device="auto", dtype="auto", tuned=True):
     if not re.fullmatch(r"cuda(:\d{1,4})?|(mps|cpu)(:0)?", device):
         fail(f"--device must be auto, cuda, cuda:1, mps or cpu, got {device}")
 
+    # the best dtype, and why
     if device.startswith("cuda"):
         best, reason, name = set_up_cuda(device)
     elif device.startswith("mps"):

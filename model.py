@@ -108,10 +108,10 @@ def rope_cos_sin(pos, config):
     return angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=-1)
 
 
-def apply_rope(x, cos, sin):
+def apply_rope(x, cos, signed_sin):
     """Rotate the channel pairs (i, i + D/2) of x, (B, H, T, D): (x1 cos - x2 sin, x2 cos + x1 sin)."""
     swapped = x.roll(x.size(-1) // 2, dims=-1)  # (x2, x1)
-    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
+    return torch.addcmul(x * cos.to(x.dtype), swapped, signed_sin.to(x.dtype))
 
 
 # -----------------------------------------------------------------------------
@@ -124,9 +124,9 @@ def attention(q, k, v, mask=None, dropout=0.0):
     mask, (T, S), is True where a query may attend to a key; None: causal attention with S == T.
     """
     if q.is_cpu and q.requires_grad and mask is None:
-        return train_attention_on_cpu(q, k, v, dropout)  # equal and faster, see section 11
+        return train_attention_on_cpu(q, k, v, dropout)  # equal, with a faster backward pass: section 11
     if mask is not None and q.size(2) == 1 and torch.compiler.is_compiling():
-        return attend_one_token(q, k, v, mask)
+        return attend_one_token(q, k, v, mask)  # equal, faster when compiled: section 11
     with torch.autocast(q.device.type, enabled=False):  # attend in q's dtype, also where autocast has another
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=q.size(1) > k.size(1)
@@ -145,7 +145,7 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(config.dropout)
         self.attn_dropout = config.dropout
 
-    def forward(self, x, rope=None, mask=None, cache=None, pos=None):  # see GPT.forward
+    def forward(self, x, rope=None, mask=None, cache=None, pos=None):  # rope: (cos, signed sin)
         B, T, _ = x.size()
         # queries, keys and values of all heads, with the heads as a batch dimension
         sizes = [n * self.head_dim for n in (self.n_head, self.n_kv_head, self.n_kv_head)]
@@ -220,7 +220,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Initialize like GPT-2: N(0, 0.02) for matrices, 0 for biases, 1 for the gains of norms."""
+        """Initialize like GPT-2: normal with std 0.02 for matrices, 0 for biases, 1 for the gains of norms."""
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):  # the projections into the residual stream, 2 per layer
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
@@ -235,7 +235,8 @@ class GPT(nn.Module):
         With targets, (B, T): logits (B, T, V), and the mean cross-entropy in nats over the targets that are not -1;
         return_logits=False saves the memory of the logits and returns None for them.
         Without targets: logits of the last position, (B, 1, V), and None.
-        caches: one KVCache per layer. pos: positions of the tokens, (T,); default 0 .. T - 1.
+        caches: one KVCache per layer, whose `visible` counts the new tokens, too. pos: positions of the tokens, (T,);
+        default 0 .. T - 1.
         """
         B, T = idx.size()
         if T > self.config.block_size:
@@ -251,7 +252,7 @@ class GPT(nn.Module):
             rope = rope_cos_sin(pos, self.config)
         x = self.transformer.drop(x)
 
-        # plain causal attention without earlier keys; else a query may attend to its own and earlier positions
+        # causal: without earlier keys (S == T) attention() does it; else key j is seen by the queries at pos >= j
         S = caches[0].visible if caches else T
         mask = None if S == T else pos[:, None] >= torch.arange(S, device=idx.device)  # (T, S)
 
@@ -293,7 +294,8 @@ class GPT(nn.Module):
 
         Sampling options: see sample_next(). A finished row repeats `stop`; generation ends when all rows are finished.
         When the context is full, its first `slide` tokens are dropped and the caches are filled again: cached keys and
-        values depend on the dropped tokens. slide=1 is what a model without a cache computes, and costs as much.
+        values depend on the dropped tokens. slide=1 always uses the last block_size tokens, like nanoGPT, but computes
+        the whole context for every token; a larger slide does so less often, with a shorter context.
         """
         block_size = self.config.block_size
         if not 1 <= slide <= block_size:
@@ -305,7 +307,7 @@ class GPT(nn.Module):
             if context.size(1) > block_size:
                 context, caches = context[:, slide:], None
             if caches is None:
-                # in multiples of 256, since a compiled step is compiled again for another size
+                # enough for all tokens; rounded up, so that compile_generation() rarely compiles again
                 size = min(block_size, 256 * math.ceil((idx.size(1) + max_new_tokens) / 256))
                 caches = [KVCache(size) for _ in self.transformer.h]
                 logits = self.prefill(context, caches)
@@ -756,6 +758,7 @@ def save_pretrained(model, folder, eot=None):
     import transformers
 
     # an empty model of transformers, filled with views of our weights
+    transformers.utils.logging.disable_progress_bar()
     hf_config = to_hf_config(model.config, eot)
     with torch.device("meta"):
         hf = transformers.AutoModelForCausalLM.from_config(hf_config)

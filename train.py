@@ -63,7 +63,7 @@ wandb_project = "owt"
 wandb_run_name = "gpt2"
 # data
 dataset = "openwebtext"  # folder in data/
-gradient_accumulation_steps = 5 * 8  # micro-batches per step, summed over the ranks
+gradient_accumulation_steps = 5 * 8  # micro-batches per step in total, divided among the ranks
 batch_size = 12  # micro-batch size, in sequences
 block_size = 1024  # context length, in tokens
 # model
@@ -112,6 +112,7 @@ timeout = 600  # timeout of collectives, in seconds
 seed = 1337  # of the initial weights, the order of the data, and dropout
 deterministic = False  # use deterministic algorithms on GPUs, which are slower; CPUs always do
 # -----------------------------------------------------------------------------
+# override the globals above; config: all settings, explicit: names given in config files or flags
 config, explicit = configure(globals())
 
 
@@ -171,7 +172,7 @@ changed = []
 if inherits:
     given = explicit | {"out_dir", "init_from", "device", "backend"}
     changed = configurator.inherit(config, given, checkpoint.get("config", {}), checkpoint_path)
-    globals().update(config, init_from=init_from)
+    globals().update(config, init_from=init_from)  # in config it may still be auto
 
 # check the settings
 configurator.check_minimum(config, 1, "eval_interval", "log_interval", "batch_size", "block_size")
@@ -214,7 +215,7 @@ with usage_errors():
     data = Dataset(os.path.join("data", dataset))
     tokens = {split: data.split(split) for split in ("train", "val")}
 
-# model: a new one, or a loaded one, which must match the settings given
+# model: a new one or a loaded one
 torch.manual_seed(seed)
 with usage_errors():
     if init_from == "scratch":
@@ -228,17 +229,19 @@ if resuming:
     model_fields |= {f"lora_{name}": value for name, value in lora.items()}
 else:
     gpt.merge_lora(model)  # start from the sum of base and adapter
+# fail if an explicit setting differs; config gets the model's values (the globals n_layer etc. are not used below)
 configurator.match_model(config, explicit - {"block_size", "dropout"}, model_fields, init_from)
 
-# context length: the model's, unless a shorter one is given; learned position embeddings are cropped to it
+# context length, if not given: a checkpoint's own; of a Hub model, which may have 131,072, at most the default. A RoPE
+# model that is resumed keeps its setting: it is not cropped, so its config does not tell
 longest, has_rope = model.config.block_size, model.config.position == "rope"
 if "block_size" not in explicit and not (inherits and has_rope):
-    block_size = longest if checkpoint else min(block_size, longest)  # models on the Hub may have 131,072
+    block_size = longest if checkpoint else min(block_size, longest)
 if block_size > longest:
     fail(f"--block_size={block_size} exceeds the model's {longest}")
 if block_size < longest and not has_rope:
     if resuming:
-        fail(f"this run has block_size {longest}: --init_from={out_dir} starts one with a shorter one")
+        fail(f"this run has block_size {longest}: start a new one, --init_from={out_dir} --block_size={block_size}")
     model.crop_block_size(block_size)
 config["block_size"] = block_size
 with usage_errors():
@@ -258,7 +261,7 @@ with usage_errors():
             "--export=x, then python data/text/prepare.py ... --tokenizer=x"
         )
 
-# LoRA: add adapters; a checkpoint stores the path of the base model, so that must stay where it is
+# LoRA: add adapters; their checkpoints name the file of the base model, which must exist and stay where it is
 if lora_rank and not resuming and not eval_only:
     if checkpoint and "lora" in checkpoint:
         fail(f"{init_from} is an adapter: merge it first, python sample.py --init_from={init_from} --export=x --merge")
@@ -296,8 +299,9 @@ if resuming:
         print0("no optimizer state in the checkpoint: starting with a fresh optimizer")
 checkpoint = None  # free its memory
 
-# wrap the model: torch.compile, gradient checkpointing, and DDP, which averages the gradients of the ranks
-raw_model = model
+# torch.compile and gradient checkpointing change the model in place, compiling happens at the first call;
+# DDP wraps it, and averages the gradients of the ranks
+raw_model = model  # without DDP's wrapper
 compile = compile and configurator.can_compile(device)
 if compile and use_fsdp:  # FSDP gathers weights between the blocks, so compile each one
     for block in model.transformer.h:
@@ -351,10 +355,11 @@ def set_seed(iter_num, micro_step):
 def eval_batches(split):
     """Yield this rank's evaluation batches, always the same, spread evenly over the split."""
     n_tokens = len(tokens[split])
+    # with eval_iters=0, the whole validation split, and as much of the training split
     count = eval_iters * batch_size or len(tokens["val"]) // block_size
     starts = eval_windows(n_tokens, block_size, count)
     if split == "val" and eval_iters == 0:
-        starts = np.arange(0, n_tokens - 1, block_size)  # all of them; the last one may be shorter
+        starts = np.arange(0, n_tokens - 1, block_size)  # with the last one, which may be shorter
     # pad, so that all ranks get the same number of batches; windows that start at the end have no targets
     padding = -len(starts) % (world_size * batch_size)
     starts = np.append(starts, [n_tokens] * padding).astype(np.int64)
@@ -426,7 +431,7 @@ def train():
             return 128 + (stop_signal.received or signal.SIGTERM)  # SIGTERM if another rank received the signal
         if run.should_evaluate(iter_num):
             losses = estimate_loss()
-            if losses is None:
+            if losses is None:  # a signal arrived: back to the top, which saves and returns
                 stopping = True
                 continue
             run.log(losses | {"memory": gpt.peak_memory(device_type)})
@@ -460,12 +465,13 @@ def train():
         # every rank must see the same loss, and stop at the same step
         loss, n_signals = sum_over_ranks([loss_sum.item() / world_size, float(stop_signal.received)], device)
         stopping = n_signals > 0
-        # the scaler skips float16 gradients that overflow, unless its scale is at the end
+        # float16: a norm that is not finite means that the loss scale is too high, so the scaler skips the update and
+        # lowers the scale; below a scale of 1 that is no longer the reason
         may_overflow = dtype == "float16" and scaler.get_scale() >= 1
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_overflow):
             print0(
-                f"step {iter_num}: loss {loss}, gradient norm {grad_norm}: diverged, no update was made. Resume from "
-                f"step {run.saved_iter} with a lower --learning_rate, or with --dtype=float32"
+                f"step {iter_num}: loss {loss}, gradient norm {grad_norm}: diverged, no update was made. "
+                "Resume from the last checkpoint with a lower --learning_rate, or with --dtype=float32"
             )
             return 3
         scaler.step(optimizer)
@@ -508,7 +514,7 @@ def eval_line(losses):
 def throughput(dt):
     """Return tokens so far and per second, and the model FLOPs utilization, for steps of dt seconds."""
     mfu = None
-    if iter_num > first_iter:  # the first step includes compilation
+    if iter_num >= first_iter + log_interval:  # the first line includes compilation
         peak, _ = gpt.peak_flops(device, ptdtype)
         sequences = gradient_accumulation_steps * batch_size / world_size
         mfu = gpt.estimate_mfu(raw_model, sequences, dt, peak, block_size) if peak else None
@@ -541,7 +547,7 @@ class Run:
 
     def __init__(self):
         self.writes = is_master and not eval_only
-        self.saved_iter = iter_num  # step of the latest checkpoint on disk
+        self.saved_iter = iter_num  # step of the last checkpoint known to be on disk; 0: none yet
         self.pending_iter = None  # step of the save in progress
         self.best_val_loss = best_val_loss
         self.wandb_id = wandb_id  # a resumed run continues its charts
@@ -567,7 +573,7 @@ class Run:
         if checkpoint_path != latest and os.path.exists(latest):
             os.replace(latest, latest + ".corrupt")
         if os.path.exists(self.metrics_path):
-            records = read_metrics(out_dir, before=iter_num)
+            records = read_metrics(out_dir, before=iter_num)  # this step was saved before its evaluation
             with open(self.metrics_path + ".tmp", "w", encoding="utf-8") as f:
                 f.writelines(json.dumps(record) + "\n" for record in records)
             os.replace(self.metrics_path + ".tmp", self.metrics_path)
@@ -616,10 +622,10 @@ class Run:
         return prompt is not None and it > 0 and (it % sample_interval == 0 or it >= max_iters)
 
     def save(self, name):
-        """Save ckpt.pt or ckpt_best.pt; returns whether that succeeded, as far as is known.
+        """Save ckpt.pt or ckpt_best.pt; returns False if it could not be written.
 
-        From GPUs ckpt.pt is written in the background, from a copy in CPU memory. On CPUs the write is synchronous,
-        since it would compete with training.
+        From GPUs and with FSDP ckpt.pt is written in the background, from a copy in CPU memory; True means started.
+        Else the write is synchronous: on CPUs it would compete with training.
         """
         self.wait()
         background = use_fsdp or device_type != "cpu"
@@ -659,7 +665,11 @@ class Run:
         return succeeded
 
     def save_if_best(self, val_loss):
-        """Save ckpt_best.pt if the validation loss is a new best, and ckpt.pt if this step is not saved yet."""
+        """Save ckpt_best.pt if the validation loss is a new best, then ckpt.pt if it does not have this step.
+
+        Step 0 counts, but its weights are not saved: they are those of init_from. At the end ckpt.pt is saved again,
+        for best_val_loss; a run resumed from an earlier step evaluates that step again.
+        """
         if not val_loss < self.best_val_loss or eval_only:  # NaN is not a new best
             return
         previous, self.best_val_loss = self.best_val_loss, val_loss
@@ -739,6 +749,7 @@ except DataError as e:
     print(f"error: {e}", file=sys.stderr)
     exit_code = 2
     if distributed:  # the other ranks wait in a collective: leave, and torchrun stops them
+        run.close(exit_code)
         configurator.exit_now(exit_code, distributed)
     if iter_num > run.saved_iter and not eval_only:
         run.save(LATEST)

@@ -5,7 +5,7 @@ wandb_log = True
 wandb_project = "owt"
 wandb_run_name = "gpt2-124M"
 
-# 40 micro-batches x 12 sequences x 1024 tokens = 491,520 tokens a step; 8 processes take 5 micro-batches each
+# 40 micro-batches x 12 sequences x 1024 tokens = 491,520 tokens per step; 8 processes take 5 micro-batches each
 dataset = "openwebtext"
 batch_size = 12
 block_size = 1024

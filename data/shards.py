@@ -37,7 +37,7 @@ PREPARING = "preparing.json"  # in a dataset folder while it is prepared, see da
 CHECKED = 1 << 28  # tokens that check() reads in full; more would take seconds
 
 
-class DataError(Exception):
+class DataError(ValueError):
     """Tokens cannot be read or are corrupt, and the run has already started."""
 
 
