@@ -731,7 +731,7 @@ def test_nan_on_one_rank_stops_all_before_the_update(torchrun, tiny_run):
 
 
 def test_hanging_rank_is_named(torchrun, tiny_run):
-    job = torchrun("tests/faulty_train.py", *tiny_run.flags, "--timeout=10", env={"FAULTS": "hang"})
+    job = torchrun("tests/faulty_train.py", *tiny_run.flags, "--timeout=6", env={"FAULTS": "hang"})
     out, err = job.communicate(timeout=120)
     assert job.returncode == 1 and "error: rank 1 of 2 does not respond" in err, err
     assert not (tiny_run.out / "exit_code").exists()
