@@ -201,6 +201,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.lora = None  # settings of the LoRA adapters, if there are any: see add_lora()
+        # GPT-2's names, so that its checkpoints fit
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -211,6 +212,7 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        # initialize in place; checkpoints overwrite it
         self.tie_weights()
         self.init_weights()
 
@@ -297,6 +299,7 @@ class GPT(nn.Module):
         values depend on the dropped tokens. slide=1 always uses the last block_size tokens, like nanoGPT, but computes
         the whole context for every token; a larger slide does so less often, with a shorter context.
         """
+        # the context may be longer than the model can see
         block_size = self.config.block_size
         if not 1 <= slide <= block_size:
             raise ValueError(f"slide must be between 1 and block_size ({block_size}), got {slide}")
@@ -315,6 +318,7 @@ class GPT(nn.Module):
                 logits = self.decode_one_token(token, context.size(1) - 1, caches)
             # sample it, and append it to the context
             token = sample_next(logits, temperature, top_k, top_p, generator)
+            # finished rows go on with `stop`, so that the batch stays a rectangle
             if stop is not None:
                 token = token.masked_fill(finished, stop)
                 finished |= token == stop
@@ -564,12 +568,14 @@ GPT.configure_optimizers = configure_optimizers  # a method, as in nanoGPT
 
 def check_config(config):
     """Raise ValueError if the fields of a GPTConfig are inconsistent."""
+    # sizes and names
     for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
     for name, choices in (("norm", NORMS), ("position", ("learned", "rope")), ("mlp", ACTIVATIONS)):
         if getattr(config, name) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)}")
+    # heads must divide the channels, and share keys and values evenly
     if not config.head_dim and config.n_embd % config.n_head:
         raise ValueError(f"n_embd ({config.n_embd}) must be a multiple of n_head ({config.n_head})")
     if config.n_kv_head and config.n_head % config.n_kv_head:
@@ -577,6 +583,7 @@ def check_config(config):
     head_dim = config.head_dim or config.n_embd // config.n_head
     if config.position == "rope" and head_dim % 2:
         raise ValueError(f"rope needs an even head_dim, got {head_dim}")
+    # a typing error, rather than a model: building it would exhaust the memory
     n_params = 12 * config.n_layer * config.n_embd**2
     if n_params > 1e14:
         raise ValueError(f"n_layer and n_embd give {n_params:.1e} parameters: lower them")
@@ -595,6 +602,7 @@ def model_args(config):
 
     Fields that nanoGPT lacks are omitted at their default values, so nanoGPT can load GPT-2-style checkpoints.
     """
+    # nanoGPT's GPTConfig takes its seven fields and no others
     values = asdict(config)
     nanogpt = {name: values[name] for name in NANOGPT_FIELDS}
     defaults = asdict(GPTConfig(**nanogpt))
@@ -629,6 +637,7 @@ def from_checkpoint(checkpoint, **override):
 
     ValueError names every weight that is missing, unexpected or of another shape.
     """
+    # an unknown field raises TypeError
     try:
         config = GPTConfig(**checkpoint["model_args"] | override)
     except TypeError as e:
@@ -659,6 +668,7 @@ def crop_block_size(model, block_size):
     """Truncate the position embeddings to block_size. ValueError if there are fewer."""
     if block_size > model.config.block_size:
         raise ValueError(f"block_size {block_size} exceeds the model's {model.config.block_size}")
+    # rotary embeddings need no cropping
     model.config.block_size = block_size
     if model.transformer.wpe is not None:
         weight = model.transformer.wpe.weight.detach()[:block_size].clone()
@@ -688,6 +698,7 @@ def hf_parts(key, weight, config):
     """
     if config.position == "learned":  # GPT-2 has our names, but its Conv1D stores matrices as (in, out)
         return [(key, weight.t() if re.search(r"c_(attn|proj|fc)\.weight$", key) else weight)]
+    # layer number, module, and what it is of that module
     pattern = r"(?:transformer\.h\.(\d+)\.)?(.+?)\.((?:lora_[AB]\.)?(?:weight|bias))"
     layer, module, kind = re.fullmatch(pattern, key).groups()
     names = HF_NAMES[module]
@@ -697,6 +708,7 @@ def hf_parts(key, weight, config):
         rows = weight.split([n * config.head_dim for n in (config.n_head, config.n_kv_head, config.n_kv_head)])
     else:
         rows = weight.split(len(weight) // len(names))
+    # weights outside the blocks have no layer number
     prefix = f"model.layers.{layer}." if layer else ""
     return [(f"{prefix}{name}.{kind}", part) for name, part in zip(names, rows, strict=True)]
 
@@ -762,11 +774,13 @@ def save_pretrained(model, folder, eot=None):
     hf_config = to_hf_config(model.config, eot)
     with torch.device("meta"):
         hf = transformers.AutoModelForCausalLM.from_config(hf_config)
+    # views of the weights under transformers' names
     weights = {}
     for key, weight in model.state_dict().items():
         weights.update((name, part.contiguous()) for name, part in hf_parts(key, weight, model.config))
     for name, weight in hf.state_dict().items():  # biases are not optional in transformers' GPT-2
         weights.setdefault(name, torch.zeros(weight.shape, dtype=model.lm_head.weight.dtype))
+    # transformers writes safetensors, config.json and generation_config.json
     hf.load_state_dict(weights, assign=True)
     hf.tie_weights()
     hf.generation_config = transformers.GenerationConfig(bos_token_id=eot, eos_token_id=eot)
@@ -823,6 +837,7 @@ def from_hf_config(hf):
         allowed["mlp_bias"] = [hf.attention_bias]
     if hf.model_type == "qwen3":
         allowed["attention_bias"] = [False]
+    # all that differs is named at once
     wrong = find_mismatches(hf, allowed)
     rope = getattr(hf, "rope_parameters", None) or {}
     rope_type = rope.get("rope_type", "default")
@@ -834,6 +849,7 @@ def from_hf_config(hf):
     # translate the names of the fields
     names = GPT2_FIELDS if hf.model_type == "gpt2" else LLAMA_FIELDS
     fields = {ours: getattr(hf, theirs) for ours, theirs in names.items() if getattr(hf, theirs) is not None}
+    # what has no field of the same meaning
     if hf.model_type == "gpt2":
         return fields | dict(mlp=HF_ACTIVATIONS[hf.activation_function], bias=True)
     if rope_type == "llama3":
@@ -862,6 +878,7 @@ def to_hf_config(config, eot=None):
     names = GPT2_FIELDS if model_type == "gpt2" else LLAMA_FIELDS
     fields = {theirs: getattr(config, ours) for ours, theirs in names.items()}
     fields |= dict(bos_token_id=eot, eos_token_id=eot)
+    # what has no field of the same meaning
     if model_type == "gpt2":
         fields["activation_function"] = "gelu" if config.mlp == "gelu" else "gelu_new"
         fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
@@ -914,6 +931,7 @@ def merged_forward(layer, peft_forward, x):
     """Add B A to the weight, then multiply once: faster than multiplying every token by A, by B and by the weight."""
     if layer.disable_adapters or not layer.training:
         return peft_forward(x)
+    # x (W + scale B A)^T + bias
     A, B, base = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer
     return F.linear(x, torch.addmm(base.weight, B, A, alpha=layer.scaling["default"]), base.bias)
 
@@ -927,6 +945,7 @@ def merge_lora(model):
     """Merge the adapters into the base weights."""
     if not model.lora:
         return
+    # put the base layers, with the products added, in the place of peft's
     for name, layer in lora_layers(model):
         layer.merge()
         parent, _, child = name.rpartition(".")
@@ -950,6 +969,7 @@ def weights_to_save(model, **options):
 
 def weights_checksum(model):
     """Return the SHA-256 of the weights, without the position embeddings (they may be cropped)."""
+    # in the order of the modules
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         if name != "transformer.wpe.weight":
@@ -959,6 +979,7 @@ def weights_checksum(model):
 
 def load_lora_checkpoint(checkpoint, **override):
     """Load the base model from the path stored in the checkpoint, and add the adapters to it."""
+    # the base may be a checkpoint or a transformers model
     lora = checkpoint["lora"]
     try:
         base_checkpoint, _ = open_checkpoint(lora["base"])
@@ -968,10 +989,13 @@ def load_lora_checkpoint(checkpoint, **override):
     except (OSError, ValueError) as e:
         where = f"{lora['base']} (current directory {os.getcwd()})"
         raise ValueError(f"cannot load the LoRA base model {where}: {e}") from None
+    # an adapter only fits the weights that it was trained on
     if weights_checksum(model) != lora["checksum"]:
         raise ValueError(f"the weights of {lora['base']} changed since the adapter was trained: restore them")
+    # the adapter may have been trained on shorter sequences
     if checkpoint["model_args"]["block_size"] < model.config.block_size:
         crop_block_size(model, checkpoint["model_args"]["block_size"])
+    # add the adapters, and replace their initial weights
     add_lora(model, **lora)
     load_weights(model, model.state_dict() | {k: v.float() for k, v in checkpoint["model"].items()})
     model.tie_weights()
@@ -991,6 +1015,7 @@ def save_adapter(model, folder):
     for key, weight in weights_to_save(model).items():
         for name, part in hf_parts(key.replace(".default", ""), weight, model.config):
             weights["base_model.model." + name] = part.clone()
+    # the modules' names in transformers, for peft's config
     targets = {".".join(name.split(".lora_")[0].split(".")[-2:]) for name in weights}
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "adapter_model.safetensors")
@@ -1061,11 +1086,13 @@ def copy_to_cpu(state, is_writer=True, copies=None):
 
     All ranks must call it if tensors are sharded; those that do not write get None for each tensor.
     """
+    # copies: {id of a tensor: its copy}
     copies = {} if copies is None else copies
     if isinstance(state, dict):
         return {key: copy_to_cpu(value, is_writer, copies) for key, value in state.items()}
     if not isinstance(state, torch.Tensor):
         return state
+    # full_tensor() gathers the shards of all ranks
     if id(state) not in copies:
         full = state.full_tensor() if hasattr(state, "full_tensor") else state
         copies[id(state)] = full.detach().to("cpu", copy=True) if is_writer else None
@@ -1097,10 +1124,12 @@ def load_checkpoint(folder, names=(LATEST, PREVIOUS), mmap=False):
 
     Corrupt ones are reported on stderr. FileNotFoundError if there is none, ValueError if all are corrupt.
     """
+    # those that exist, in the order of preference
     paths = [os.path.join(folder, name) for name in names]
     paths = [path for path in paths if os.path.exists(path)]
     if not paths:
         raise FileNotFoundError(f"no checkpoint in {folder} (looked for {', '.join(names)})")
+    # the first that can be read
     errors = []
     for path in paths:
         try:
@@ -1119,6 +1148,7 @@ def open_checkpoint(init_from, out_dir="", names=(BEST, LATEST, PREVIOUS)):
 
     'resume' is out_dir; of a folder the first readable of `names` is taken; a file is read.
     """
+    # a folder in transformers' format has a config.json
     if init_from == "resume":
         return load_checkpoint(out_dir, names, mmap=True)
     if os.path.exists(os.path.join(init_from, "config.json")):
@@ -1127,6 +1157,7 @@ def open_checkpoint(init_from, out_dir="", names=(BEST, LATEST, PREVIOUS)):
         return load_checkpoint(init_from, names, mmap=True)
     if os.path.exists(init_from) or init_from.endswith(".pt"):
         return read_checkpoint(init_from, mmap=True), init_from
+    # a name on the Hub
     if re.fullmatch(r"gpt2(-medium|-large|-xl)?|[\w.-]+/[\w.-]+", init_from):
         return None, None
     raise ValueError(f"init_from must be resume, a checkpoint, a folder or a Hub name such as gpt2, got {init_from!r}")
@@ -1141,6 +1172,7 @@ def get_num_params(model, non_embedding=True):
 
     The token embeddings count: the output layer shares them.
     """
+    # tied weights are one parameter, and count once
     n = sum(p.numel() for p in model.parameters())
     if non_embedding and model.transformer.wpe is not None:
         n -= model.transformer.wpe.weight.numel()
@@ -1159,6 +1191,7 @@ def flops_per_token(model, T):
 
     6 per weight of a matrix product, 4 if it is frozen, and 12 * n_layer * n_head * head_dim * T for attention.
     """
+    # products with the weights: 2 FLOPs forward, 4 backward; attention: QK^T and PV
     skipped = {id(p) for p in embedding_weights(model)}
     matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in skipped]
     products = sum((6 if p.requires_grad else 4) * p.numel() for p in matrices)
@@ -1217,6 +1250,7 @@ def peak_memory(device_type):
     """Return the peak memory in bytes: tensors on CUDA, else the process; None if unknown."""
     if device_type == "cuda":
         return torch.cuda.max_memory_allocated()
+    # Linux, then other POSIX systems
     with contextlib.suppress(OSError), open("/proc/self/status") as f:
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", f.read())[1])
     with contextlib.suppress(ImportError):
@@ -1270,6 +1304,7 @@ class LeanRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        # scale is 1 / RMS
         normed = x * scale
         ctx.save_for_backward(normed, scale, weight)
         return normed * weight
@@ -1289,6 +1324,7 @@ class SquaredReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
+        # relu(x) is all that the backward pass needs: d relu(x)^2 = 2 relu(x) dx
         positive = F.relu(x)
         ctx.save_for_backward(positive)
         return positive * positive
@@ -1317,9 +1353,11 @@ class ShortAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, dropout=0.0):
+        # (B, H, T, D) -> (B * G, H / G * T, D)
         B, H, T, D = q.shape
         groups = B * k.size(1)  # fold the query heads of a group into the sequence dimension
         q, k, v = q.reshape(groups, -1, D), k.reshape(groups, T, D), v.reshape(groups, T, D)
+        # softmax(q k^T / sqrt(D) + mask)
         mask = q.new_full((T, T), -math.inf).triu(1).repeat(q.size(1) // T, 1)
         probs = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D)).softmax(dim=-1)
         kept = F.dropout(torch.ones_like(probs), dropout) if dropout else None  # 0 or 1 / (1 - dropout)
@@ -1331,6 +1369,7 @@ class ShortAttention(torch.autograd.Function):
         q, k, v, probs, kept = ctx.saved_tensors
         B, H, T, D = grad.shape
         dy = grad.reshape(q.shape)
+        # the chain rule, from y = (probs * kept) v backwards
         dprobs = dy @ v.mT if kept is None else (dy @ v.mT).mul_(kept)
         dscores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype).div_(math.sqrt(D))
         dq = dscores @ k
@@ -1368,6 +1407,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, x_needs_grad, weight_needs_grad):
+        # rows without a target become 0, and have no gradient then
         w, counted = weight.to(x.dtype), targets != -1
         x, targets = x * counted.unsqueeze(1), targets.clamp(min=0).unsqueeze(1)
         # larger chunks on GPUs: each adds to the whole weight gradient, which costs memory traffic
@@ -1382,6 +1422,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dx.append(logits @ w)
             if weight_needs_grad:
                 dw += logits.t() @ rows
+        # the mean over the targets that count
         count = counted.sum()
         if x_needs_grad:
             ctx.save_for_backward(torch.cat(dx), dw, counted.unsqueeze(1) / count)
@@ -1440,12 +1481,14 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
+        # each row is scaled to -127 .. 127 and rounded
         weight, self.bias = linear.weight.detach().float(), linear.bias
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
         self.register_buffer("weight", (weight / scale.unsqueeze(1)).round().to(torch.int8))  # (out, in)
         self.register_buffer("scale", scale.to(linear.weight.dtype))
 
     def forward(self, x):
+        # PyTorch's kernel for few rows reads blocks of 64 weights
         rows = x.numel() // x.size(-1)
         has_kernel = all(size % 64 == 0 for size in self.weight.shape) and rows <= 16
         if has_kernel and x.is_cpu and x.dtype == torch.bfloat16:
@@ -1457,6 +1500,7 @@ class Int8Linear(nn.Module):
 
 def quantize(model):
     """Replace all Linear layers by Int8Linear. A tied output layer gets weights of its own."""
+    # a list, because the modules change
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, Linear):
@@ -1474,6 +1518,7 @@ def compile_generation(model):
         logits, _ = model(token[:, None], caches=caches, pos=pos)
         return logits[:, -1]
 
+    # CPU: freezing prepacks the weights, autotuning picks the kernels
     if model.lm_head.weight.is_cpu:
         from torch._inductor import config  # torch.compile has no option for freezing
 

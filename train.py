@@ -56,7 +56,7 @@ sample_prompt = "\n"  # prompt of the samples
 loss_plot = False  # draw the loss curves into out_dir/loss.png at every evaluation (pip install matplotlib)
 plot = ""  # out_dirs of runs, comma-separated: draw their loss curves into loss.png, and exit
 init_from = "scratch"  # scratch, resume, auto (resume or scratch), auto:X (resume or X), a checkpoint, folder, Hub name
-# logging; out_dir/metrics.jsonl always has everything
+# logging, next to out_dir/metrics.jsonl, which has everything
 tensorboard_log = False  # also log to TensorBoard: tensorboard --logdir=out_dir (pip install tensorboard)
 wandb_log = False  # also log to Weights & Biases
 wandb_project = "owt"
@@ -546,6 +546,7 @@ class Run:
     """
 
     def __init__(self):
+        # what is known of the checkpoints
         self.writes = is_master and not eval_only
         self.saved_iter = iter_num  # step of the last checkpoint known to be on disk; 0: none yet
         self.pending_iter = None  # step of the save in progress
@@ -554,6 +555,7 @@ class Run:
         self.tensorboard = self.wandb = None
         self.writer = gpt.CheckpointWriter(out_dir)
         self.metrics_path = os.path.join(out_dir, "metrics.jsonl")
+        # the folder, and the loggers
         if self.writes:
             with usage_errors():
                 os.makedirs(out_dir, exist_ok=True)
@@ -569,9 +571,11 @@ class Run:
 
     def continue_files(self):
         """Keep a corrupt checkpoint aside, and drop the metrics that will be logged again."""
+        # resumed from the previous one: the latest is corrupt
         latest = os.path.join(out_dir, LATEST)
         if checkpoint_path != latest and os.path.exists(latest):
             os.replace(latest, latest + ".corrupt")
+        # rewrite metrics.jsonl atomically
         if os.path.exists(self.metrics_path):
             records = read_metrics(out_dir, before=iter_num)  # this step was saved before its evaluation
             with open(self.metrics_path + ".tmp", "w", encoding="utf-8") as f:
@@ -583,6 +587,7 @@ class Run:
         names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
         if not names:
             return
+        # into the first free previous-N
         n = 1
         while os.path.exists(os.path.join(out_dir, f"previous-{n}")):
             n += 1
@@ -597,6 +602,7 @@ class Run:
             if tensorboard_log:
                 from torch.utils.tensorboard import SummaryWriter
 
+                # events of steps that are repeated are purged
                 folder, purge = os.path.join(out_dir, "tensorboard"), iter_num if resuming else None
                 self.tensorboard = SummaryWriter(folder, purge_step=purge, flush_secs=10)
             if wandb_log:
@@ -615,6 +621,7 @@ class Run:
         return it % eval_interval == 0 or it >= max_iters or eval_only
 
     def should_save(self, it):
+        # the end is always saved, a step only once
         is_due = always_save_checkpoint and self.should_evaluate(it) or save_interval and it % save_interval == 0
         return (is_due or it >= max_iters) and it > self.saved_iter
 
@@ -627,6 +634,7 @@ class Run:
         From GPUs and with FSDP ckpt.pt is written in the background, from a copy in CPU memory; True means started.
         Else the write is synchronous: on CPUs it would compete with training.
         """
+        # one save at a time
         self.wait()
         background = use_fsdp or device_type != "cpu"
         state = {
@@ -639,6 +647,7 @@ class Run:
             "tokenizer": tokenizer_description,
             "wandb_id": self.wandb_id,
         }
+        # adapters need their settings, and resuming needs the optimizer
         if raw_model.lora:
             state["lora"] = raw_model.lora
         if name == LATEST:
@@ -655,6 +664,7 @@ class Run:
 
     def wait(self, name=LATEST):
         """Wait for the save in progress; returns whether it succeeded. Training goes on after a full disk."""
+        # all ranks must agree on what is on disk
         error = self.writer.wait()
         if error:
             print0(f"WARNING: could not write {os.path.join(out_dir, name)} ({error}); keeping the previous one")
@@ -672,6 +682,7 @@ class Run:
         """
         if not val_loss < self.best_val_loss or eval_only:  # NaN is not a new best
             return
+        # a best checkpoint that could not be written does not count
         previous, self.best_val_loss = self.best_val_loss, val_loss
         if iter_num > 0 and not self.save(BEST):
             self.best_val_loss = previous  # a later evaluation tries again
@@ -682,6 +693,7 @@ class Run:
         """Append a record of numbers and texts to metrics.jsonl, TensorBoard and wandb."""
         if not self.writes:
             return
+        # values that are not known are omitted
         record = {name: value for name, value in record.items() if value is not None}
         try:
             with open(self.metrics_path, "a", encoding="utf-8") as f:
@@ -712,6 +724,7 @@ class Run:
 # -----------------------------------------------------------------------------
 # start and end
 
+# what train() and Run use
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 first_iter = iter_num
 run = Run()
