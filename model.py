@@ -127,7 +127,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
         return train_attention_on_cpu(q, k, v, dropout)  # equal, with a faster backward pass: section 11
     if mask is not None and q.size(2) == 1 and torch.compiler.is_compiling():
         return attend_one_token(q, k, v, mask)  # equal, faster when compiled: section 11
-    with torch.autocast(q.device.type, enabled=False):  # attend in q's dtype, also where autocast has another
+    with torch.autocast(q.device.type, enabled=False):  # SDPA is a product to autocast: keep q's dtype
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=q.size(1) > k.size(1)
         )
@@ -235,7 +235,7 @@ class GPT(nn.Module):
         """Return (logits, loss) for token ids idx, (B, T).
 
         With targets, (B, T): logits (B, T, V), and the mean cross-entropy in nats over the targets that are not -1;
-        return_logits=False saves the memory of the logits and returns None for them.
+        return_logits=False saves the memory of the logits and returns None for them (not after quantize()).
         Without targets: logits of the last position, (B, 1, V), and None.
         caches: one KVCache per layer, whose `visible` counts the new tokens, too. pos: positions of the tokens, (T,);
         default 0 .. T - 1.
@@ -310,7 +310,7 @@ class GPT(nn.Module):
             if context.size(1) > block_size:
                 context, caches = context[:, slide:], None
             if caches is None:
-                # enough for all tokens; rounded up, so that compile_generation() rarely compiles again
+                # enough for all tokens; rounded up, so that compile_generation() (section 11) rarely compiles again
                 size = min(block_size, 256 * math.ceil((idx.size(1) + max_new_tokens) / 256))
                 caches = [KVCache(size) for _ in self.transformer.h]
                 logits = self.prefill(context, caches)

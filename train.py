@@ -15,7 +15,7 @@ with the same weights, bit for bit, as an uninterrupted one (on GPUs with --dete
 of threads). class Run, below, lists the files in out_dir.
 
 Exit codes: 0 done, 1 the last checkpoint could not be written, 2 wrong usage, no memory or corrupt data, 3 diverged,
-129, 130 and 143 stopped by SIGHUP, SIGINT and SIGTERM. torchrun exits with 1 for all but 0: see out_dir/exit_code.
+129, 130 and 143 stopped by SIGHUP, SIGINT and SIGTERM. torchrun exits with 1 for all but 0: out_dir/exit_code has it.
 """
 
 import contextlib
@@ -112,7 +112,7 @@ timeout = 600  # timeout of collectives, in seconds
 seed = 1337  # of the initial weights, the order of the data, and dropout
 deterministic = False  # use deterministic algorithms on GPUs, which are slower; CPUs always do
 # -----------------------------------------------------------------------------
-# override the globals above; config: all settings, explicit: names given in config files or flags
+# overrides the globals above; config: all settings, explicit: names given in config files or flags
 config, explicit = configure(globals())
 
 
@@ -155,7 +155,7 @@ if plot:
 # -----------------------------------------------------------------------------
 # setup
 
-# open the checkpoint to start from
+# open the checkpoint to start from; none from scratch and for transformers models, which load_model() reads
 if init_from.split(":")[0] == "auto":
     can_resume = any(os.path.exists(os.path.join(out_dir, name)) for name in (LATEST, PREVIOUS))
     init_from = "resume" if can_resume else init_from.removeprefix("auto").lstrip(":") or "scratch"
@@ -172,7 +172,7 @@ changed = []
 if inherits:
     given = explicit | {"out_dir", "init_from", "device", "backend"}
     changed = configurator.inherit(config, given, checkpoint.get("config", {}), checkpoint_path)
-    globals().update(config, init_from=init_from)  # in config it may still be auto
+    globals().update(config, init_from=init_from)  # config has the one that was given, maybe auto
 
 # check the settings
 configurator.check_minimum(config, 1, "eval_interval", "log_interval", "batch_size", "block_size")
@@ -232,8 +232,8 @@ else:
 # fail if an explicit setting differs; config gets the model's values (the globals n_layer etc. are not used below)
 configurator.match_model(config, explicit - {"block_size", "dropout"}, model_fields, init_from)
 
-# context length, if not given: a checkpoint's own; of a Hub model, which may have 131,072, at most the default. A RoPE
-# model that is resumed keeps its setting: it is not cropped, so its config does not tell
+# context length, if not given: a checkpoint's own; of a Hub model, which may have 131,072, at most the default. An
+# inherited RoPE run keeps its setting: model.config has the maximum, not the length that it was trained on
 longest, has_rope = model.config.block_size, model.config.position == "rope"
 if "block_size" not in explicit and not (inherits and has_rope):
     block_size = longest if checkpoint else min(block_size, longest)
@@ -261,7 +261,8 @@ with usage_errors():
             "--export=x, then python data/text/prepare.py ... --tokenizer=x"
         )
 
-# LoRA: add adapters; their checkpoints name the file of the base model, which must exist and stay where it is
+# LoRA: add adapters; their checkpoints name the file of the base model, which must stay where it is. The sum of base
+# and adapter above exists in memory only, so it cannot be a base
 if lora_rank and not resuming and not eval_only:
     if checkpoint and "lora" in checkpoint:
         fail(f"{init_from} is an adapter: merge it first, python sample.py --init_from={init_from} --export=x --merge")
@@ -360,7 +361,7 @@ def eval_batches(split):
     starts = eval_windows(n_tokens, block_size, count)
     if split == "val" and eval_iters == 0:
         starts = np.arange(0, n_tokens - 1, block_size)  # with the last one, which may be shorter
-    # pad, so that all ranks get the same number of batches; windows that start at the end have no targets
+    # pad, so that all ranks get the same number of batches; load_batch() sets targets past the end to -1
     padding = -len(starts) % (world_size * batch_size)
     starts = np.append(starts, [n_tokens] * padding).astype(np.int64)
     for batch in starts.reshape(-1, world_size, batch_size):
@@ -419,7 +420,8 @@ def get_lr(it):
 
 def train():
     """Train until max_iters, a signal or divergence; returns the exit code."""
-    global iter_num
+    # run, stop_signal, first_iter and tokens_per_iter are created at the end of the file, before this is called
+    global iter_num  # optimizer steps completed
     seconds, timed_steps = 0.0, 0  # since the last log line
     stopping = False
     model.train()
@@ -436,7 +438,7 @@ def train():
                 continue
             run.log(losses | {"memory": gpt.peak_memory(device_type)})
             print0(eval_line(losses))
-            run.save_if_best(losses["val/loss"])
+            run.save_if_best(losses["val/loss"])  # ckpt_best.pt, and ckpt.pt if it does not have this step
         if run.should_sample(iter_num) and (is_master or use_fsdp):  # FSDP needs all ranks to generate
             text = sample_text()
             run.log({"sample": text})
