@@ -56,7 +56,7 @@ sample_prompt = "\n"  # prompt of the samples
 loss_plot = False  # draw the loss curves into out_dir/loss.png at every evaluation (pip install matplotlib)
 plot = ""  # out_dirs of runs, comma-separated: draw their loss curves into loss.png, and exit
 init_from = "scratch"  # scratch, resume, auto (resume or scratch), auto:X (resume or X), a checkpoint, folder, Hub name
-# logging, next to out_dir/metrics.jsonl, which has everything
+# logging, in addition to out_dir/metrics.jsonl
 tensorboard_log = False  # also log to TensorBoard: tensorboard --logdir=out_dir (pip install tensorboard)
 wandb_log = False  # also log to Weights & Biases
 wandb_project = "owt"
@@ -188,7 +188,7 @@ if lora_rank and muon:
     fail("Muon cannot be combined with LoRA: set --muon=False")
 
 # device and dtype, and the ranks that torchrun started
-rank, local_rank, world_size = configurator.read_ranks()
+rank, _, world_size = configurator.read_ranks()
 is_master = rank == 0  # this process will do logging, checkpointing etc.
 distributed = "RANK" in os.environ
 use_ddp = distributed and not fsdp
