@@ -1,6 +1,6 @@
 """
 The GPT model, with the architectures of GPT-2, Llama and Qwen3. Sections 1 to 5 are the model and nothing else; the
-layers they take from section 11 behave like PyTorch's of the same name. Skip the other sections until you need them.
+layers they use from section 11 behave like their PyTorch namesakes. Skip the other sections until you need them.
 
 Shape letters: B sequences of T tokens, C = n_embd channels, H query heads and G key/value heads of D = head_dim
 channels, S keys (cached and new ones; S = T without a cache), V tokens in the vocabulary.
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint as recompute  # a checkpoint is a file here
+from torch.utils.checkpoint import checkpoint as recompute  # in this repository a checkpoint is a file
 
 # -----------------------------------------------------------------------------
 # 1. hyperparameters
@@ -78,7 +78,7 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)  # the same as F.rms_norm, see section 11
 
 
-NORMS = {  # LayerNorm is nn.LayerNorm that accepts weights of another dtype, see section 11
+NORMS = {  # LayerNorm is nn.LayerNorm whose weights may have another dtype than its input, see section 11
     "layernorm": lambda size, config: LayerNorm(size, eps=config.norm_eps, bias=config.bias),
     "rmsnorm": lambda size, config: RMSNorm(size, eps=config.norm_eps),
 }
@@ -127,10 +127,9 @@ def attention(q, k, v, mask=None, dropout=0.0):
         return train_attention_on_cpu(q, k, v, dropout)  # equal, with a faster backward pass: section 11
     if mask is not None and q.size(2) == 1 and torch.compiler.is_compiling():
         return attend_one_token(q, k, v, mask)  # equal, faster when compiled: section 11
-    with torch.autocast(q.device.type, enabled=False):  # SDPA is a product to autocast: keep q's dtype
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=q.size(1) > k.size(1)
-        )
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=q.size(1) > k.size(1)
+    )
 
 
 class CausalSelfAttention(nn.Module):
@@ -212,7 +211,7 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        # initialize in place; checkpoints overwrite it
+        # initial values; loading a checkpoint overwrites the weights, and ties them again
         self.tie_weights()
         self.init_weights()
 
@@ -237,8 +236,8 @@ class GPT(nn.Module):
         With targets, (B, T): logits (B, T, V), and the mean cross-entropy in nats over the targets that are not -1;
         return_logits=False saves the memory of the logits and returns None for them (not after quantize()).
         Without targets: logits of the last position, (B, 1, V), and None.
-        caches: one KVCache per layer, whose `visible` counts the new tokens, too. pos: positions of the tokens, (T,);
-        default 0 .. T - 1.
+        caches: one KVCache per layer, whose `visible` already includes the new tokens.
+        pos: positions of the tokens, (T,); default 0 .. T - 1.
         """
         B, T = idx.size()
         if T > self.config.block_size:
@@ -254,7 +253,8 @@ class GPT(nn.Module):
             rope = rope_cos_sin(pos, self.config)
         x = self.transformer.drop(x)
 
-        # causal: without earlier keys (S == T) attention() does it; else key j is seen by the queries at pos >= j
+        # S == T: attention() applies the causal mask itself. Else the query at position i sees the keys 0 to i, and not
+        # the empty slots behind them, which compile_generation() makes visible so that shapes do not change
         S = caches[0].visible if caches else T
         mask = None if S == T else pos[:, None] >= torch.arange(S, device=idx.device)  # (T, S)
 
@@ -306,9 +306,10 @@ class GPT(nn.Module):
         context, token, caches = idx[:, -block_size:], None, None
         finished = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
-            # prefill the context, then decode one token at a time
+            # the context is full: drop its first tokens, which invalidates the caches
             if context.size(1) > block_size:
                 context, caches = context[:, slide:], None
+            # prefill the context, then decode one token at a time
             if caches is None:
                 # enough for all tokens; rounded up, so that compile_generation() (section 11) rarely compiles again
                 size = min(block_size, 256 * math.ceil((idx.size(1) + max_new_tokens) / 256))
@@ -366,7 +367,8 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
     if temperature < 1e-30:
         return logits.argmax(dim=-1)
     # the largest logit becomes 0, so that a low temperature cannot overflow
-    logits = (logits - logits.amax(dim=-1, keepdim=True)).float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     # crop the logits to the k most likely tokens
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
@@ -379,7 +381,7 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
         outside[:, 0] = False
         removed = torch.zeros_like(outside).scatter(-1, order, outside)  # in the order of the vocabulary
         logits = logits.masked_fill(removed, -math.inf)
-    # inverse-CDF sampling: the first token whose CDF exceeds a random number (torch.multinomial draws V of them)
+    # inverse-CDF sampling: the first token whose CDF exceeds a random number (torch.multinomial would draw V)
     cdf = logits.softmax(dim=-1).cumsum(dim=-1)
     drawn = torch.rand(len(cdf), 1, device=cdf.device, generator=generator)
     return torch.searchsorted(cdf, drawn * cdf[:, -1:], right=True).squeeze(-1)

@@ -15,7 +15,7 @@ with the same weights, bit for bit, as an uninterrupted one (on GPUs with --dete
 of threads). class Run, below, lists the files in out_dir.
 
 Exit codes: 0 done, 1 the last checkpoint could not be written, 2 wrong usage, no memory or corrupt data, 3 diverged,
-129, 130 and 143 stopped by SIGHUP, SIGINT and SIGTERM. torchrun exits with 1 for all but 0: out_dir/exit_code has it.
+129, 130 and 143 stopped by SIGHUP, SIGINT and SIGTERM. torchrun turns all but 0 into 1: out_dir/exit_code has the code.
 """
 
 import contextlib
@@ -155,7 +155,7 @@ if plot:
 # -----------------------------------------------------------------------------
 # setup
 
-# open the checkpoint to start from; none from scratch and for transformers models, which load_model() reads
+# open the checkpoint to start from; there is none for scratch and for Hub models, which load_model() reads
 if init_from.split(":")[0] == "auto":
     can_resume = any(os.path.exists(os.path.join(out_dir, name)) for name in (LATEST, PREVIOUS))
     init_from = "resume" if can_resume else init_from.removeprefix("auto").lstrip(":") or "scratch"
@@ -166,13 +166,13 @@ if init_from != "scratch":
     with usage_errors():
         checkpoint, checkpoint_path = gpt.open_checkpoint(init_from, out_dir, names)
 
-# resume and eval_only take over the settings of the checkpoint, except those given now
+# resume and eval_only inherit the settings of the checkpoint, except those given now
 inherits = checkpoint is not None and (resuming or eval_only)
 changed = []
 if inherits:
     given = explicit | {"out_dir", "init_from", "device", "backend"}
     changed = configurator.inherit(config, given, checkpoint.get("config", {}), checkpoint_path)
-    globals().update(config, init_from=init_from)  # config has the one that was given, maybe auto
+    globals().update(config, init_from=init_from)  # init_from stays resolved; config keeps what was given, maybe auto
 
 # check the settings
 configurator.check_minimum(config, 1, "eval_interval", "log_interval", "batch_size", "block_size")
@@ -180,8 +180,6 @@ configurator.check_minimum(config, 1, "gradient_accumulation_steps", "timeout")
 configurator.check_minimum(config, 0, "eval_iters", "save_interval", "sample_interval", "max_iters", "warmup_iters")
 configurator.check_minimum(config, 0, "learning_rate", "weight_decay", "grad_clip", "seed", "lora_rank")
 configurator.check_choice(config, "lr_schedule", "cosine", "linear", "constant", "wsd")
-if batch_size * block_size >= 2**31:
-    fail(f"{batch_size} x {block_size} is too many tokens for a micro-batch: lower --batch_size")
 if lora_rank and init_from == "scratch":
     fail("LoRA needs pretrained weights: set --init_from")
 if lora_rank and muon:
@@ -229,16 +227,23 @@ if resuming:
     model_fields |= {f"lora_{name}": value for name, value in lora.items()}
 else:
     gpt.merge_lora(model)  # start from the sum of base and adapter
-# fail if an explicit setting differs; config gets the model's values (the globals n_layer etc. are not used below)
+# fail if an explicit setting differs; config gets the model's values (the globals n_layer etc. are not used below).
+# dropout may change, and block_size is checked next
 configurator.match_model(config, explicit - {"block_size", "dropout"}, model_fields, init_from)
 
-# context length, if not given: a checkpoint's own; of a Hub model, which may have 131,072, at most the default. An
-# inherited RoPE run keeps its setting: model.config has the maximum, not the length that it was trained on
+# context length, if not given; the longest that a model with RoPE supports can be far too long to train on
 longest, has_rope = model.config.block_size, model.config.position == "rope"
-if "block_size" not in explicit and not (inherits and has_rope):
-    block_size = longest if checkpoint else min(block_size, longest)
+if "block_size" not in explicit:
+    if checkpoint is None:  # scratch or a Hub model: at most the default
+        block_size = min(block_size, longest)
+    elif has_rope:  # what the checkpoint was trained on
+        block_size = min(checkpoint.get("config", {}).get("block_size", longest), longest)
+    else:
+        block_size = longest
 if block_size > longest:
     fail(f"--block_size={block_size} exceeds the model's {longest}")
+if batch_size * block_size >= 2**31:
+    fail(f"{batch_size} x {block_size} is too many tokens for a micro-batch: lower --batch_size")
 if block_size < longest and not has_rope:
     if resuming:
         fail(f"this run has block_size {longest}: start a new one, --init_from={out_dir} --block_size={block_size}")
@@ -261,10 +266,9 @@ with usage_errors():
             "--export=x, then python data/text/prepare.py ... --tokenizer=x"
         )
 
-# LoRA: add adapters; their checkpoints name the file of the base model, which must stay where it is. The sum of base
-# and adapter above exists in memory only, so it cannot be a base
+# LoRA: add adapters; their checkpoints name the file of the base model, which must stay where it is
 if lora_rank and not resuming and not eval_only:
-    if checkpoint and "lora" in checkpoint:
+    if checkpoint and "lora" in checkpoint:  # merge_lora() above merged it in memory: there is no file to name
         fail(f"{init_from} is an adapter: merge it first, python sample.py --init_from={init_from} --export=x --merge")
     if checkpoint and os.path.realpath(out_dir) == os.path.dirname(os.path.realpath(checkpoint_path)):
         fail(f"the adapter needs the checkpoint in {out_dir}: set another --out_dir")
@@ -300,8 +304,8 @@ if resuming:
         print0("no optimizer state in the checkpoint: starting with a fresh optimizer")
 checkpoint = None  # free its memory
 
-# torch.compile and gradient checkpointing change the model in place, compiling happens at the first call;
-# DDP wraps it, and averages the gradients of the ranks
+# torch.compile and gradient checkpointing modify the model in place; compilation happens at the first call.
+# DDP wraps the model, and averages the gradients of the ranks
 raw_model = model  # without DDP's wrapper
 compile = compile and configurator.can_compile(device)
 if compile and use_fsdp:  # FSDP gathers weights between the blocks, so compile each one
@@ -427,7 +431,7 @@ def train():
     model.train()
     while True:
         # once in a while: save, stop, evaluate, sample, finish
-        if run.should_save(iter_num) or (stopping and iter_num > run.saved_iter):
+        if run.should_save(iter_num, stopping):
             run.save(LATEST)  # before the evaluation, so that a kill during it loses nothing
         if stopping:
             return 128 + (stop_signal.received or signal.SIGTERM)  # SIGTERM if another rank received the signal
@@ -446,7 +450,7 @@ def train():
         if iter_num >= max_iters or eval_only:
             return 0
 
-        # one optimizer step; the micro-batches are dealt out to the ranks in turn
+        # one optimizer step; the micro-batches are assigned to the ranks round-robin
         t0 = time.perf_counter()
         lr = get_lr(iter_num)
         for group in optimizer.param_groups:
@@ -455,7 +459,7 @@ def train():
         for micro_step in range(rank, gradient_accumulation_steps, world_size):
             set_seed(iter_num, micro_step)
             X, Y = get_batch(iter_num, micro_step)
-            if use_ddp:  # all-reduce the gradients in the last micro-step only
+            if use_ddp:  # all-reduce in the last micro-step only; FSDP always, whole gradients would not fit
                 model.require_backward_grad_sync = micro_step + world_size >= gradient_accumulation_steps
             with autocast:
                 _, loss = model(X, Y, return_logits=False)
@@ -468,7 +472,7 @@ def train():
         loss, n_signals = sum_over_ranks([loss_sum.item() / world_size, float(stop_signal.received)], device)
         stopping = n_signals > 0
         # float16: a norm that is not finite means that the loss scale is too high, so the scaler skips the update and
-        # lowers the scale; below a scale of 1 that is no longer the reason
+        # lowers the scale; once it is below 1, that is no longer a plausible cause
         may_overflow = dtype == "float16" and scaler.get_scale() >= 1
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_overflow):
             print0(
@@ -572,7 +576,7 @@ class Run:
             self.open_loggers()
 
     def continue_files(self):
-        """Keep a corrupt checkpoint aside, and drop the metrics that will be logged again."""
+        """Set a corrupt checkpoint aside, and drop the metrics that will be logged again."""
         # resumed from the previous one: the latest is corrupt
         latest = os.path.join(out_dir, LATEST)
         if checkpoint_path != latest and os.path.exists(latest):
@@ -622,25 +626,25 @@ class Run:
     def should_evaluate(self, it):
         return it % eval_interval == 0 or it >= max_iters or eval_only
 
-    def should_save(self, it):
+    def should_save(self, it, stopping):
         # the end is always saved, a step only once
         is_due = always_save_checkpoint and self.should_evaluate(it) or save_interval and it % save_interval == 0
-        return (is_due or it >= max_iters) and it > self.saved_iter
+        return (is_due or stopping or it >= max_iters) and it not in (self.saved_iter, self.pending_iter)
 
-    def should_sample(self, it):
+    def should_sample(self, it):  # without sample_interval there is no prompt
         return prompt is not None and it > 0 and (it % sample_interval == 0 or it >= max_iters)
 
     def save(self, name):
         """Save ckpt.pt or ckpt_best.pt; returns False if it could not be written.
 
         From GPUs and with FSDP ckpt.pt is written in the background, from a copy in CPU memory; True means started.
-        Else the write is synchronous: on CPUs it would compete with training.
+        Otherwise the write is synchronous: on CPUs it would compete with training, and save_if_best() needs the result.
         """
         # one save at a time
         self.wait()
         background = use_fsdp or device_type != "cpu"
         state = {
-            # keep_vars: tied weights stay one object, which copy_to_cpu() copies once
+            # keep_vars: tied weights stay one object, which copy_to_cpu() copies once; a file needs plain tensors
             "model": gpt.weights_to_save(raw_model, keep_vars=background),
             "model_args": gpt.model_args(raw_model.config),
             "iter_num": iter_num,
@@ -658,7 +662,7 @@ class Run:
             state = gpt.copy_to_cpu(state, is_master)
         if is_master:
             # saving the same step again must not push out the previous one
-            self.writer.save(state, name, keep_previous=iter_num > self.saved_iter)
+            self.writer.save(state, name, keep_previous=iter_num > self.saved_iter)  # of ckpt.pt
         self.pending_iter = iter_num
         if name == LATEST and background:
             return True
@@ -679,8 +683,8 @@ class Run:
     def save_if_best(self, val_loss):
         """Save ckpt_best.pt if the validation loss is a new best, then ckpt.pt if it does not have this step.
 
-        Step 0 counts, but its weights are not saved: they are those of init_from. At the end ckpt.pt is saved again,
-        for best_val_loss; a run resumed from an earlier step evaluates that step again.
+        Step 0 counts, but its weights are not saved: they are those of init_from. ckpt.pt was saved before this
+        evaluation, with the old best_val_loss: at the end it is saved again, elsewhere resuming evaluates again.
         """
         if not val_loss < self.best_val_loss or eval_only:  # NaN is not a new best
             return
@@ -732,7 +736,7 @@ first_iter = iter_num
 run = Run()
 stop_signal = StopSignal()
 
-# say what was found and what will be done
+# report data, model and schedule
 shape, n_params = raw_model.config, gpt.get_num_params(raw_model)
 n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 epochs = max_iters * tokens_per_iter / len(tokens["train"])
@@ -775,7 +779,7 @@ resume = f"python train.py --init_from=resume --out_dir={out_dir}"
 if exit_code != 3 and run.saved_iter < iter_num:
     exit_code = 1
     print0(f"could not save the state of step {iter_num}")
-elif exit_code == 2:
+elif exit_code == 2 and run.saved_iter:
     print0(f"stopped at step {iter_num}: prepare the dataset again, then {resume}")
 elif exit_code > 128:
     print0(f"stopped at step {iter_num}" + (f"; to continue: {resume}" if run.saved_iter else ""))
