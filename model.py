@@ -461,23 +461,23 @@ class Muon(AdamW):
         # orthogonalize, scale and apply
         for batch in batches.values():
             params, updates = zip(*batch, strict=True)
-            updates = orthogonalize(torch.stack(updates).to(self.dtype))
+            updates = orthogonalize(torch.stack(updates), self.dtype)
             scale = group["lr"] * 0.2 * math.sqrt(max(updates.shape[1:]))  # AdamW's usual RMS is 0.2
             for p, update in zip(params, updates, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(shard_like(p, update), alpha=scale)
 
 
 @torch.no_grad()
-def orthogonalize(matrices):
-    """Set the singular values of matrices, (n, rows, columns), to about 1 (0.7 to 1.2).
+def orthogonalize(matrices, dtype=torch.float32):
+    """Set the singular values of matrices, (n, rows, columns), to about 1 (0.7 to 1.2); computes in dtype.
 
     Five Newton-Schulz iterations: each singular value s becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5.
     Example: diag(3, 0.5) -> about diag(1, 1)
     """
-    # the iteration works on wide matrices whose singular values are at most 1
+    # the iteration works on wide matrices whose singular values are at most 1; small gradients vanish in float16
     tall = matrices.size(1) > matrices.size(2)
     X = matrices.mT if tall else matrices
-    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    X = (X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(5):
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
