@@ -1508,7 +1508,7 @@ def quantize(model):
 
 
 def compile_generation(model):
-    """Compile decode_one_token(), for weights that do not change.
+    """Compile decode_one_token(), for weights that do not change, and for one generation at a time.
 
     CUDA graphs on GPUs, autotuned kernels with prepacked weights on CPUs. The first token takes up to a minute;
     another batch size or cache size, some seconds.
@@ -1526,16 +1526,28 @@ def compile_generation(model):
         compiled = torch.compile(step, dynamic=False, options=options)
 
         @config.patch(freezing=True)
-        def quiet_step(*args):
+        def compiled_step(*args):
             with contextlib.redirect_stderr(io.StringIO()):  # it lists every kernel that it tries
                 return compiled(*args)
     else:
-        quiet_step = torch.compile(step, dynamic=False, mode="reduce-overhead")
+        # GPU: a CUDA graph works at the addresses it was captured with, so later generations use the first one's caches
+        compiled = torch.compile(step, dynamic=False, mode="reduce-overhead")
+        first_caches = {}  # {shape of a layer's keys: the caches of its first generation}
+
+        def compiled_step(token, pos, caches):
+            first = first_caches.setdefault(caches[0].k.shape, caches)
+            for cache, static in zip(caches, first, strict=True):
+                if cache is static:
+                    torch._dynamo.mark_static_address(cache.k)  # else CUDA graphs refuse to change their inputs
+                    torch._dynamo.mark_static_address(cache.v)
+                elif cache.k is not static.k:
+                    cache.k, cache.v = static.k.copy_(cache.k), static.v.copy_(cache.v)
+            return compiled(token, pos, caches)
 
     def decode_one_token(token, position, caches):
         for cache in caches:
             cache.visible = cache.size  # static shapes: the mask hides positions that are not filled
         pos = torch.full((1,), position, device=token.device)
-        return quiet_step(token, pos, caches)
+        return compiled_step(token, pos, caches)
 
     model.decode_one_token = decode_one_token
