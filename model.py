@@ -463,23 +463,23 @@ class Muon(AdamW):
         # orthogonalize, scale and apply
         for batch in batches.values():
             params, updates = zip(*batch, strict=True)
-            updates = orthogonalize(torch.stack(updates).to(self.dtype))
+            updates = orthogonalize(torch.stack(updates), self.dtype)
             scale = group["lr"] * 0.2 * math.sqrt(max(updates.shape[1:]))  # AdamW's usual RMS is 0.2
             for p, update in zip(params, updates, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(shard_like(p, update), alpha=scale)
 
 
 @torch.no_grad()
-def orthogonalize(matrices):
-    """Set the singular values of matrices, (n, rows, columns), to about 1 (0.7 to 1.2).
+def orthogonalize(matrices, dtype=torch.float32):
+    """Set the singular values of matrices, (n, rows, columns), to about 1 (0.7 to 1.2); computes in dtype.
 
     Five Newton-Schulz iterations: each singular value s becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5.
     Example: diag(3, 0.5) -> about diag(1, 1)
     """
-    # the iteration works on wide matrices whose singular values are at most 1
+    # the iteration works on wide matrices whose singular values are at most 1; small gradients vanish in float16
     tall = matrices.size(1) > matrices.size(2)
     X = matrices.mT if tall else matrices
-    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    X = (X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(5):
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
@@ -1510,7 +1510,7 @@ def quantize(model):
 
 
 def compile_generation(model):
-    """Compile decode_one_token(), for weights that do not change.
+    """Compile decode_one_token(), for weights that do not change, and for one generation at a time.
 
     CUDA graphs on GPUs, autotuned kernels with prepacked weights on CPUs. The first token takes up to a minute;
     another batch size or cache size, some seconds.
@@ -1528,16 +1528,28 @@ def compile_generation(model):
         compiled = torch.compile(step, dynamic=False, options=options)
 
         @config.patch(freezing=True)
-        def quiet_step(*args):
+        def compiled_step(*args):
             with contextlib.redirect_stderr(io.StringIO()):  # it lists every kernel that it tries
                 return compiled(*args)
     else:
-        quiet_step = torch.compile(step, dynamic=False, mode="reduce-overhead")
+        # GPU: a CUDA graph works at the addresses it was captured with, so later generations use the first one's caches
+        compiled = torch.compile(step, dynamic=False, mode="reduce-overhead")
+        first_caches = {}  # {shape of a layer's keys: the caches of its first generation}
+
+        def compiled_step(token, pos, caches):
+            first = first_caches.setdefault(caches[0].k.shape, caches)
+            for cache, static in zip(caches, first, strict=True):
+                if cache is static:
+                    torch._dynamo.mark_static_address(cache.k)  # else CUDA graphs refuse to change their inputs
+                    torch._dynamo.mark_static_address(cache.v)
+                elif cache.k is not static.k:
+                    cache.k, cache.v = static.k.copy_(cache.k), static.v.copy_(cache.v)
+            return compiled(token, pos, caches)
 
     def decode_one_token(token, position, caches):
         for cache in caches:
             cache.visible = cache.size  # static shapes: the mask hides positions that are not filled
         pos = torch.full((1,), position, device=token.device)
-        return quiet_step(token, pos, caches)
+        return compiled_step(token, pos, caches)
 
     model.decode_one_token = decode_one_token

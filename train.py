@@ -502,8 +502,13 @@ def sample_text():
     generator = torch.Generator(device).manual_seed(seed)
     # a compiled model would be compiled again for every length
     eager = torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext()
+    # sampling needs cumsum, which has no deterministic kernel on GPUs
+    if deterministic:
+        torch.use_deterministic_algorithms(False)
     with eager, autocast:
         ids = raw_model.generate(prompt, 100, temperature=0.8, top_k=200, generator=generator)
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
     raw_model.train()
     return for_terminal(tokenizer.decode(ids[0].tolist()))
 

@@ -208,6 +208,9 @@ def test_orthogonalize_keeps_singular_directions():
         s = u.mT @ orthogonalize(matrices) @ vh.mT  # in the matrix's own singular directions
         diagonal = s.diagonal(dim1=1, dim2=2)
         assert 0.6 < diagonal.min() and diagonal.max() < 1.3 and (s - torch.diag_embed(diagonal)).abs().max() < 1e-4
+        # gradients near the smallest number of float16, 6e-8
+        tiny = orthogonalize(2**-23 * matrices, torch.float16)
+        assert torch.equal(tiny, orthogonalize(matrices, torch.float16))
 
 
 def test_fused_adamw_equals_plain_adamw():
