@@ -19,14 +19,27 @@ import glob
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
 import time
 import tokenize
 
-import torch
-import torch.distributed as dist
+# OpenMP threads that wait spin only briefly, so that a step next to a busy process is not 10 to 50 times slower
+if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    os.environ["GOMP_SPINCOUNT"] = "5000"  # of libgomp; fewer slow small models down on idle CPUs
+
+# Ctrl-C while torch is imported, which takes seconds, ends the script without a traceback
+interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # nohup ignores it
+if interruptible:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+if interruptible:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # -----------------------------------------------------------------------------
 # errors
@@ -69,6 +82,9 @@ def report_error(kind, error, trace):
     sys.__excepthook__(kind, error, trace)
 
 
+sys.excepthook = report_error  # now, because the scripts import more
+
+
 def print0(text, progress=False):
     """Print on rank 0. On a terminal the next text replaces a progress line."""
     if os.environ.get("RANK", "0") != "0":
@@ -91,6 +107,18 @@ def exit_quietly_on_closed_pipe():
 # -----------------------------------------------------------------------------
 # settings
 
+# other programs' names of settings
+SYNONYMS = {
+    "lr": ["learning_rate"],
+    "epochs": ["max_iters"],
+    "steps": ["max_iters"],
+    "max_steps": ["max_iters"],
+    "prompt": ["start", "sample_prompt"],
+    "length": ["max_new_tokens", "block_size"],
+    "max_tokens": ["max_new_tokens"],
+    "model": ["init_from"],
+    "data": ["dataset"],
+}
 # environment variables that change defaults
 ENVIRONMENT = {"WANDB_PROJECT": "wandb_project", "SAVE_INTERVAL": "save_interval", "MIXED_PRECISION": "dtype"}
 MIXED_PRECISION = {"true": "auto", "false": "float32", "no": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -123,6 +151,9 @@ def configure(script):
         settings |= values
         explicit |= values.keys()
     script.update(settings)
+    folder = os.path.normpath(settings.get("dataset", ""))
+    if folder.startswith("data" + os.sep) and not os.path.isdir(os.path.join("data", folder)):
+        fail(f"--dataset is a folder in data/: try {shlex.quote('--dataset=' + folder[5:])}")
 
     # say what differs from the defaults
     changed = [f"{k}={v!r}" for k, v in settings.items() if k in explicit and v != defaults[k]]
@@ -217,7 +248,8 @@ def unknown_setting(key, known):
 
     Example: "n_layers", ["n_layer"] -> "unknown setting n_layers (did you mean n_layer?)"
     """
-    near = difflib.get_close_matches(key, known, n=1)
+    synonyms = [name for name in SYNONYMS.get(key, ()) if name in known]
+    near = synonyms or difflib.get_close_matches(key, known, n=1)
     return f"unknown setting {key}" + (f" (did you mean {near[0]}?)" if near else " (--help lists all)")
 
 
@@ -243,11 +275,12 @@ def read_config(path, namespace, defaults):
     try:
         with open(path, "rb") as f:
             source = f.read()
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path, glob.glob("config/*.py"), n=1, cutoff=0.3)
-        fail(f"no config file {path}" + (f" (did you mean {near[0]}?)" if near else ""))
+    except (FileNotFoundError, IsADirectoryError):
+        fail(f"no config file {path}" + config_hint(path, defaults))
     except OSError as e:
         fail(f"cannot read config file {path}: {e.strerror}")
+    if path.endswith(".pt"):
+        fail(f"{path} is not a config file" + config_hint(path, defaults))
 
     # run it, in a namespace that records assignments
     after = Assigned(namespace)
@@ -267,6 +300,24 @@ def read_config(path, namespace, defaults):
         if is_variable and near:
             fail(f"{path}: unknown setting {name} (did you mean {near[0]}?); call a helper variable _{name}")
     return {name: convert(name, after.get(name), defaults[name], path) for name in sorted(changed & defaults.keys())}
+
+
+def config_hint(path, defaults):
+    """Return what was probably meant by a path that is not a config file, in parentheses.
+
+    Example: "out", {"out_dir": ...} -> " (did you mean --out_dir=out?)"
+    """
+    near = difflib.get_close_matches(path, glob.glob("config/*.py"), n=1, cutoff=0.3)
+    configs = sorted(glob.glob(os.path.join(glob.escape(path), "*.py")))
+    if configs:
+        return f" (it is a folder with {', '.join(configs)})"
+    if not path.endswith(".py"):
+        is_dataset = os.path.isdir(os.path.join("data", path))
+        name = "init_from" if path.endswith(".pt") else "dataset" if is_dataset else "out_dir"
+        looks_right = is_dataset or path.endswith(".pt") or os.path.isdir(path) or path.startswith("out")
+        if name in defaults and looks_right:
+            near = [shlex.quote(f"--{name}={path}")]
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def inherit(settings, given, saved, source):

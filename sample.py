@@ -13,6 +13,8 @@ Generate text with a trained GPT.
 Exit codes: 0 done, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
+import configurator  # isort: skip  # first: it prepares the import of torch
+
 import itertools
 import math
 import os
@@ -23,7 +25,6 @@ import time
 
 import torch
 
-import configurator
 import model as gpt
 from configurator import configure, fail, usage_errors
 from data.shards import Dataset, eval_windows, load_batch, read_meta
