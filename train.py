@@ -791,19 +791,12 @@ if not eval_only:
     batch = f"{gradient_accumulation_steps} x {batch_size} x {block_size}"
     print0(f"run {max_iters:,} steps of {tokens_per_iter:,} tokens ({batch}), {epochs:.3g} epochs")
     decays = decay_lr and lr_schedule != "constant"
-    flags = {arg.split("=")[0].lstrip("-").replace("-", "_") for arg in sys.argv[1:]}
-    is_trial = "max_iters" in flags and not flags & {"warmup_iters", "lr_decay_iters"}  # shorter than its config plans
     warnings = {
         "more than 4 epochs over the training data: expect diminishing returns": epochs > 4,
         "min_lr exceeds learning_rate": decays and min_lr > learning_rate,
-        "warmup_iters >= max_iters: learning_rate is never reached": decay_lr
-        and 0 < max_iters <= warmup_iters
-        and not is_trial,
-        "warmup_iters >= lr_decay_iters: the learning rate does not decay": decays
-        and 0 < lr_decay_iters <= warmup_iters < max_iters,
-        "lr_decay_iters exceeds max_iters: min_lr is never reached": decays
-        and 0 < max_iters < lr_decay_iters
-        and not is_trial,
+        "warmup_iters >= max_iters: learning_rate is never reached": decay_lr and 0 < max_iters <= warmup_iters,
+        "lr_decay_iters <= warmup_iters: no decay": decays and 0 < lr_decay_iters <= warmup_iters < max_iters,
+        "lr_decay_iters exceeds max_iters: min_lr is never reached": decays and 0 < max_iters < lr_decay_iters,
     }
     for message, applies in warnings.items():
         if applies:

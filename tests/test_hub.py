@@ -292,7 +292,7 @@ def test_transformers_folder_is_finetuned_and_exported(script, tiny_run, tiny, t
     pieces = [Piece(TEXT * 40, False, "train"), Piece(TEXT * 5, False, "val")]
     write_dataset(str(tmp_path / "data"), Texts(pieces), options(tokenizer=str(tmp_path / "in")), "a test")
     flags = [flag for flag in tiny_run.flags if not flag.startswith(("--n_", "--dataset"))]
-    begin = [*flags, f"--init_from={tmp_path / 'in'}"]
+    begin = [*flags, f"--init_from={tmp_path / 'in'}", "--sample_interval=20"]
     result = script("train.py", *begin, f"--dataset={tmp_path / 'data'}", "--gradient_checkpointing")
     assert result.code == 0, result.err
     assert "bits per byte" in result.out

@@ -649,7 +649,7 @@ def test_model_of_ones_own_text_samples_and_exports_without_the_dataset(tmp_path
     transformers = pytest.importorskip("transformers")
     make(tmp_path / "x", write_jsonl(tmp_path / "a.jsonl"), tokenizer="bpe:300")
     flags = [flag for flag in tiny_run.flags if not flag.startswith("--dataset")]
-    result = script("train.py", *flags, f"--dataset={tmp_path / 'x'}", "--max_iters=2")
+    result = script("train.py", *flags, f"--dataset={tmp_path / 'x'}", "--max_iters=2", "--sample_interval=2")
     assert result.code == 0 and "bits per byte" in result.out, result.err
     shutil.rmtree(tmp_path / "x")
     sample = script("sample.py", f"--out_dir={tiny_run.out}", "--start=Call 日本", "--num_samples=1", "--device=cpu")
