@@ -90,15 +90,6 @@ def tiny_run(tiny, tmp_path):
 
 
 @pytest.fixture
-def same_dropout():
-    """Compiled models draw the dropout masks of models that are not compiled."""
-    from torch._inductor import config
-
-    with config.patch(fallback_random=True):
-        yield
-
-
-@pytest.fixture
 def script(capfd, monkeypatch):
     """script("train.py", "--flag=value", ...) runs it in this process: a namespace of code, out and err."""
 

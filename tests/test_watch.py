@@ -37,8 +37,7 @@ def test_metrics_have_everything(train, tiny_run):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_samples_and_plots_do_not_change_training(train, tiny_run, same_dropout, tmp_path, compiled):
-    # the kernels are those of test_compiled_training_gives_the_same_losses, and built only once
+def test_samples_and_plots_do_not_change_training(train, tiny_run, tmp_path, compiled):
     flags = [*tiny_run.flags, f"--compile={compiled}", "--n_layer=1", "--max_iters=6", "--eval_interval=3"]
     train(flags)
     more = ["--sample_interval=1", "--sample_prompt=Call me", "--loss_plot", "--tensorboard_log"]
