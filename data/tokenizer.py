@@ -138,11 +138,10 @@ class SymbolTokenizer(CharTokenizer):
         self.pattern = "|".join([*map(re.escape, longest_first), r"[\s\S]"])
 
     def encode(self, text):
-        symbols = re.findall(self.pattern, text)
-        if not self.ids.keys() >= set(symbols):
-            unknown = next(symbol for symbol in symbols if symbol not in self.ids)
-            raise ValueError(f"no token for {unknown!r}; the tokenizer knows {' '.join(self.characters)[:100]!r}")
-        return np.array([self.ids[symbol] for symbol in symbols], dtype=np.int64)
+        try:
+            return np.array([self.ids[symbol] for symbol in re.findall(self.pattern, text)], dtype=np.int64)
+        except KeyError as e:
+            raise ValueError(f"no token for {e}; the tokenizer knows {' '.join(self.characters)[:100]!r}") from None
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -316,7 +315,8 @@ class HubTokenizer(Tokenizer):
         for tokenizer in (self.tokenizer, self.plain):
             tokenizer.no_truncation()
             tokenizer.no_padding()
-        self.bos = tokens_before(self.tokenizer)
+        with library_errors("cannot use tokenizer.json"):
+            self.bos = tokens_before(self.tokenizer)
 
     def encode(self, text):
         with library_errors("the tokenizer cannot encode this text"):
@@ -466,24 +466,25 @@ def from_hub(name):
 
 
 def from_folder(folder):
-    """Return the tokenizer of a transformers folder, with its end of text in tokenizer_config.json; None without one."""
+    """Return the tokenizer of a transformers folder, or None. Its end of text is written to tokenizer_config.json."""
     from transformers import AutoTokenizer
 
     # the library knows all places of the end of text, and older formats; code in the folder does not run
     files, end = read_files(folder, HUB_FILES), None
+    tokenizer = HubTokenizer(files) if "tokenizer.json" in files else None
     try:
         library = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         end = library.eos_token
-        if "tokenizer.json" not in files:
+        if tokenizer is None:
             with tempfile.TemporaryDirectory() as converted:
                 library.save_pretrained(converted)
                 files = read_files(converted, HUB_FILES)
+            tokenizer = HubTokenizer(files)
     except Exception:  # it raises many types, also for a tokenizer.json with a class of its own
-        if "tokenizer.json" not in files:
+        if tokenizer is None:
             return None
 
     # nothing names it: guess by the usual names
-    tokenizer = HubTokenizer(files)
     config = json.loads(files.get("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast"}'))
     if not end and "eos_token" not in config:
         end = next((token for token in END_TOKENS if token in tokenizer.added.values()), None)

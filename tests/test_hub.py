@@ -219,7 +219,8 @@ def check_round_trip(tokenizer, text, folder):
     assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text
     ours = from_description(json.loads(json.dumps(from_hub(str(folder / "a")))))
     assert ours.encode(text).tolist() == ids and ours.decode(ids) == "".join(ours.decode_stream(ids)) == text
-    assert ours.byte_lengths()[ids].sum() == len(text.replace("<|endoftext|>", "").encode()) and ours.eot == tokenizer.eot
+    assert ours.byte_lengths()[ids].sum() == len(text.replace("<|endoftext|>", "").encode())
+    assert ours.eot == tokenizer.eot
     assert same_tokens(ours.description, tokenizer.description)
     ours.save_pretrained(str(folder / "b"))  # what came from files goes back to the same files
     assert {p.name: p.read_bytes() for p in (folder / "a").iterdir()} == {
@@ -277,6 +278,22 @@ def byte_tokenizer(folder):
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.save_pretrained(folder)
     return fast
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(normalizer=dict(type="Precompiled", precompiled_charsmap="/////wAA")),  # at loading
+        dict(pre_tokenizer=dict(type="FixedLength", length=0)),  # at encoding
+    ],
+)
+def test_tokenizer_that_panics_gives_one_line(script, tmp_path, changes):
+    random_model(CONFIGS["llama"]).save_pretrained(tmp_path)
+    byte_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    result = script("sample.py", f"--init_from={tmp_path}", "--device=cpu")
+    assert result.code == 2 and result.err.count("error: cannot ") == 1 and "Traceback" not in result.err
 
 
 def test_documents_and_prompts_have_the_same_special_tokens(tmp_path):
