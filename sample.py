@@ -94,9 +94,14 @@ with usage_errors():
     checkpoint = checkpoint or {"tokenizer": from_hub(init_from)}
     dataset = dataset or checkpoint.get("config", {}).get("dataset", "")
     description = checkpoint.get("tokenizer") or read_meta(os.path.join("data", dataset)).get("tokenizer")
-    description = description or assumed_tokenizer(vocab_size)
     if not description:
-        fail(f"no tokenizer for a vocabulary of {vocab_size}: set --dataset to a folder that has it")
+        description = assumed_tokenizer(vocab_size)
+        if not description:
+            fail(
+                f"no tokenizer for a vocabulary of {vocab_size}: prepare any text with it, python data/text/prepare.py "
+                "FILE --name=x --tokenizer=..., then set --dataset=x"
+            )
+        print("nothing names the tokenizer: assuming GPT-2's", file=sys.stderr)
     tokenizer = from_description(description)
 
 # prompt and sampling options
@@ -158,6 +163,10 @@ def export_model(folder):
         reader = "AutoModelForCausalLM and AutoTokenizer"
     tokenizer.save_pretrained(folder)
     print(f"wrote {folder} (for {reader})")
+    if tokenizer.description["kind"] in ("bpe", "char", "symbols"):
+        print("llama.cpp's converter does not know this tokenizer: it takes those of published models only")
+    if tokenizer.eot is None:
+        print("the tokenizer has no end of text and no padding: trl needs SFTConfig(pad_token=...)")
 
 
 def compare_with_base(x):

@@ -272,6 +272,8 @@ with usage_errors():
             f"{data.folder} was prepared with another tokenizer than the model's. Export the model's by sample.py "
             "--export=x, then python data/text/prepare.py ... --tokenizer=x"
         )
+    if dataset_tokenizer and "special_tokens" in dataset_tokenizer:  # encode prompts as the documents were
+        tokenizer_description = tokenizer_description | {"special_tokens": dataset_tokenizer["special_tokens"]}
 
 # LoRA: add adapters; their checkpoints name the file of the base model, which must stay where it is
 if lora_rank and not resuming and not eval_only:
@@ -408,7 +410,7 @@ def estimate_loss():
         losses[f"{split}/loss"] = loss / n_tokens
         if split == "val":
             losses["val/perplexity"] = math.exp(min(loss / n_tokens, 700))  # exp overflows above 709
-            losses["val/bits_per_byte"] = loss / math.log(2) / n_bytes if n_bytes else None
+            losses["val/bits_per_byte"] = loss / math.log(2) / n_bytes if n_bytes > 0 else None
             losses["val/tokens"] = int(n_tokens)
     raw_model.train()
     return losses

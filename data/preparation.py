@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import time
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from data.documents import PIECE, passages
 from data.shards import PREPARING, Dataset, FolderLock, Tokens, read_json, read_meta
-from data.tokenizer import from_description, from_name
+from data.tokenizer import from_description, from_name, with_special_tokens
 
 # -----------------------------------------------------------------------------
 # the command line of a prepare.py
@@ -40,6 +41,7 @@ OPTIONS = {  # name: (default, help)
     "input": ("", "file, folder or 'pattern*' to read instead of the download"),
     "name": ("text", "folder in data/ to write to"),
     "tokenizer": ("gpt2", "char, bpe:8192, gpt2, x.json, x.model, dataset, model or Hub name [env: TOKENIZER]"),
+    "special_tokens": (False, "recognize special tokens such as <|im_start|> in the documents; default: they are text"),
     "column": ("text", "column of jsonl, csv, tsv and parquet files that contains the text"),
     "format": ("", "txt, jsonl, csv, tsv or parquet, for files with other endings"),
     "val_share": (0.1, "share of the documents for validation, chosen by a hash of their text"),
@@ -49,7 +51,7 @@ OPTIONS = {  # name: (default, help)
     "workers": (0, "threads; 0: one per core"),
     "force": (False, "overwrite the dataset in the folder"),
 }
-CORPUS = ("tokenizer", "column", "val_share", "num_samples", "max_bad", "shard_tokens", "workers")
+CORPUS = ("tokenizer", "special_tokens", "column", "val_share", "num_samples", "max_bad", "shard_tokens", "workers")
 
 
 @contextlib.contextmanager
@@ -122,6 +124,7 @@ class State:
     counts: dict = dataclasses.field(default_factory=dict)  # from these counts at the beginning of the part
     documents: dict = dataclasses.field(default_factory=lambda: {"train": 0, "val": 0})  # number written
     tokens: dict = dataclasses.field(default_factory=lambda: {"train": 0, "val": 0})  # number written
+    begins: bool = True  # a document begins with the next piece
     replacing: bool = False  # everything is written, and only has to be renamed
     meta: dict | None = None  # the content of meta.json, if replacing
 
@@ -164,6 +167,8 @@ def make_recipe(corpus, args):
     if os.path.exists(args.tokenizer) and args.tokenizer != "char":  # its content may change
         description = json.dumps(load_tokenizer(args.tokenizer).description)
         recipe["tokenizer"] += f" ({hashlib.sha256(description.encode()).hexdigest()[:8]})"
+    if args.special_tokens:
+        recipe["tokenizer"] += " --special_tokens"
     return recipe
 
 
@@ -202,11 +207,16 @@ def finish(folder, state):
     state.save(folder)
     files = state.meta["files"]
     for name in files:
-        path = os.path.join(folder, name)
+        path = os.path.join(folder, os.path.basename(name))
         if os.path.exists(path + ".tmp"):
             os.replace(path + ".tmp", path)
         print(f"{path}: {files[name]['tokens']:,} tokens")
     remove_others(folder, files)
+    if state.meta["tokenizer"]["kind"] == "char":  # nanoGPT's scripts read the vocabulary from here
+        characters = state.meta["tokenizer"]["characters"]
+        stoi = {c: i for i, c in enumerate(characters)}
+        with open(os.path.join(folder, "meta.pkl"), "wb") as f:
+            pickle.dump({"vocab_size": len(stoi), "itos": dict(enumerate(characters)), "stoi": stoi}, f)
     write_json(os.path.join(folder, "meta.json"), state.meta)
     os.remove(os.path.join(folder, PREPARING))
 
@@ -284,28 +294,30 @@ def read(corpus, args, state, title):
     corpus.check(final=True)
 
 
-def batches(pieces):
-    """Group what read() yields into (position, [(piece, split, whether an end of text follows)])."""
+def batches(pieces, begins=True):
+    """Group what read() yields into (position, [(piece, split, whether a document begins, and whether it ends)])."""
     batch, size = [], 0
     for (piece, split, position), following in itertools.pairwise(itertools.chain(pieces, [None])):
         # a document that goes on in the other split ends in this one
         leaves = following is not None and piece.split is None and following[1] != split
-        batch.append((piece, split, piece.ends or leaves))
+        batch.append((piece, split, begins, piece.ends or leaves))
+        begins = piece.ends or leaves
         size += len(piece.text)
         if size >= BATCH or following is None:
-            yield position, batch
+            yield (*position, begins), batch
             batch, size = [], 0
 
 
 def encode_batch(tokenizer, item):
     """Return {split: ids (n,)} of what batches() yields."""
     _, batch = item
+    begin = [] if tokenizer.special_tokens is None else tokenizer.bos  # an older version went on without it
     end = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
     parts = {}
-    encoded = tokenizer.encode_documents([piece.text for piece, _, _ in batch])
-    for (_, split, ends), ids in zip(batch, encoded, strict=True):
-        parts.setdefault(split, []).extend([ids, end] if ends else [ids])
-    return {split: np.concatenate(ids) for split, ids in parts.items()}
+    encoded = tokenizer.encode_documents([piece.text for piece, *_ in batch])
+    for (_, split, begins, ends), ids in zip(batch, encoded, strict=True):
+        parts.setdefault(split, []).extend([begin if begins else [], ids, end if ends else []])
+    return {split: np.concatenate(ids).astype(np.int64) for split, ids in parts.items()}
 
 
 def in_order(function, items, workers):
@@ -359,8 +371,11 @@ def encode(folder, corpus, args, state):
 
     # load or learn the tokenizer
     if state.tokenizer is None:
-        state.tokenizer = load_tokenizer(args.tokenizer, functools.partial(sample_texts, corpus, args)).description
+        description = load_tokenizer(args.tokenizer, functools.partial(sample_texts, corpus, args)).description
+        state.tokenizer = with_special_tokens(description, args.special_tokens)
     tokenizer = from_description(state.tokenizer)
+    if tokenizer.eot is None and state.tokenizer["kind"] not in ("char", "symbols"):
+        print(f"no end of text in {args.tokenizer}: a newline ends each document")
 
     # write the tokens
     files = TokenFiles(folder, tokenizer.vocab_size, args.shard_tokens, state.tokens)
@@ -394,12 +409,12 @@ def write_documents(corpus, args, state, tokenizer, files):
     state.save(files.folder)
     saved = time.monotonic()
     with contextlib.closing(read(corpus, args, state, "preparing")) as pieces:
-        for item, ids in in_order(tokenize, batches(pieces), args.workers or cores):
+        for item, ids in in_order(tokenize, batches(pieces, state.begins), args.workers or cores):
             for split in ids:
                 files.write(split, ids[split])
             position, batch = item
-            state.part, state.piece, state.counts = position
-            for piece, split, _ in batch:
+            state.part, state.piece, state.counts, state.begins = position
+            for piece, split, *_ in batch:
                 state.documents[split] += piece.ends
             if time.monotonic() - saved > SAVE_EVERY:
                 files.sync()

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import runpy
 import shutil
 import subprocess
@@ -554,6 +555,30 @@ def test_tokenizer_of_another_dataset(tmp_path):
         make(tmp_path / "y", path, tokenizer=str(tmp_path / "x"))
 
 
+def test_bytes_of_a_text_do_not_depend_on_the_tokenizer(tmp_path):
+    train_sentencepiece(tmp_path / "m", "bpe")
+    documents = [" ".join(text.split()) for text in [*DOCUMENTS[:300], "<|endoftext|> is text, <s> too", "日本 é", "a"]]
+    path, counts = write_jsonl(tmp_path / "a.jsonl", documents), {}
+    tokenizers = ["char", "bpe:512", str(tmp_path / "m.model")] + ["gpt2"] * ("TIKTOKEN_CACHE_DIR" in os.environ)
+    from_name("bpe:512", lambda n: documents).save_pretrained(str(tmp_path / "hub"))
+    for name in [*tokenizers, str(tmp_path / "hub")]:
+        data = make(tmp_path / f"x{len(counts)}", path, tokenizer=name)
+        lengths = from_description(data.tokenizer).byte_lengths()
+        counts[name] = sum(lengths[stream.read(0, len(stream))].sum() for stream in map(data.split, ("train", "val")))
+    counts["char"] -= len(documents)  # with it a newline, which is text, ends each document
+    assert set(counts.values()) == {sum(len(text.encode()) for text in documents)}, counts
+
+
+def test_char_dataset_is_readable_by_nanogpt(tmp_path):
+    data = make(tmp_path / "x", write_jsonl(tmp_path / "a.jsonl"), tokenizer="char")
+    meta = pickle.loads((tmp_path / "x" / "meta.pkl").read_bytes())
+    assert meta["vocab_size"] == data.vocab_size == len(meta["itos"]) == len(meta["stoi"])
+    assert all(meta["stoi"][meta["itos"][i]] == i for i in range(data.vocab_size))
+    train = data.split("train")
+    ids = train.read(0, len(train)).tolist()
+    assert "".join(meta["itos"][i] for i in ids) == from_description(data.tokenizer).decode(ids)
+
+
 def test_learned_vocabulary_restores_every_text():
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer, again = (from_name("bpe:500", lambda n: DOCUMENTS) for _ in range(2))
@@ -591,14 +616,20 @@ def test_learned_vocabulary_goes_to_the_hub_and_back(tmp_path):
     assert from_name(str(tmp_path / "sub" / "other.json")).eot == tokenizer.eot
 
 
-@pytest.mark.parametrize("kind", ["unigram", "bpe"])
-def test_sentencepiece_models(tmp_path, kind):
+def train_sentencepiece(prefix, kind):
+    """Write a SentencePiece model."""
     sentencepiece = pytest.importorskip("sentencepiece")
     settings = dict(model_type=kind, vocab_size=400 if kind == "bpe" else 330, byte_fallback=True, minloglevel=2)
     texts = iter([TEXT, *DOCUMENTS[:20]] * 20)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=texts, model_prefix=str(tmp_path / "m"), hard_vocab_limit=False, **settings
+        sentence_iterator=texts, model_prefix=str(prefix), hard_vocab_limit=False, **settings
     )
+    return sentencepiece
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe"])
+def test_sentencepiece_models(tmp_path, kind):
+    sentencepiece = train_sentencepiece(tmp_path / "m", kind)
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
     ours = from_description(json.loads(json.dumps(from_name(str(tmp_path / "m.model")).description)))
     assert ours.eot == theirs.eos_id() and ours.vocab_size == theirs.vocab_size()
@@ -795,7 +826,7 @@ def test_standard_input(prepare, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(raw)))
         result = prepare("text", "-", "--format=jsonl", "--column=body", "--tokenizer=char", "--name=in")
         assert result.code == 0 and expected in result.out
-    assert set(contents(tmp_path / "data" / "in")) == {"train.bin", "val.bin", "meta.json"}
+    assert set(contents(tmp_path / "data" / "in")) == {"train.bin", "val.bin", "meta.json", "meta.pkl"}
     text = "".join(streams(Dataset(str(tmp_path / "data" / "in"))))
     assert sorted(text) == sorted("".join(DOCUMENTS) + "\n" * len(DOCUMENTS))
 
