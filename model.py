@@ -369,16 +369,16 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
     sum to at least p (nucleus sampling, https://arxiv.org/abs/1904.09751). None or 0 turns either off.
     Example: tensor([[0.0, 9.0, 1.0]]), temperature=0 -> tensor([1])
     """
-    # temperature 0, or too small to divide by
-    if temperature < 1e-30:
+    # greedy; a temperature this small cannot be a divisor
+    if temperature < 1e-30 or top_k == 1:
         return logits.argmax(dim=-1)
     # the largest logit becomes 0, so that a low temperature cannot overflow
     logits = logits.float()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     # crop the logits to the k most likely tokens
     if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        values, kept = logits.topk(min(top_k, logits.size(-1)))  # exactly k, even if logits are equal
+        logits = torch.full_like(logits, -math.inf).scatter(-1, kept, values)
     # crop them to the nucleus; the most likely token is always in it
     if top_p:
         ordered, order = logits.sort(descending=True)
@@ -1120,9 +1120,12 @@ def read_checkpoint(path, mmap=False):
     with open(path, "rb") as f:
         try:
             is_zip = zipfile.is_zipfile(f)  # not before PyTorch 1.6
-            corrupt = zipfile.ZipFile(f).testzip() if is_zip else None  # torch.load skips the checksums
+            archive = zipfile.ZipFile(f) if is_zip else None
+            corrupt = archive.testzip() if is_zip else None  # torch.load skips the checksums
             if corrupt:
                 raise ValueError(f"wrong checksum of {corrupt}")
+            if is_zip and any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed, but torch.load would take the compressed bytes for weights")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
             if not all(isinstance(checkpoint.get(key), dict) for key in ("model", "model_args")):
                 raise ValueError("it has no model")

@@ -107,9 +107,9 @@ with usage_errors():
 # prompt and sampling options
 with usage_errors():
     if start == "-":
-        start = sys.stdin.read()
+        start = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")  # echo ends its text with a newline
     elif start.startswith("FILE:"):
-        with open(start.removeprefix("FILE:"), encoding="utf-8") as f:
+        with open(start.removeprefix("FILE:"), encoding="utf-8-sig") as f:
             start = f.read()
     stop_ids = tokenizer.encode(stop).tolist() if stop else [None]
 if len(stop_ids) != 1:
