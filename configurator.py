@@ -76,7 +76,7 @@ def report_error(kind, error, trace):
         sys.exit(130)
     if issubclass(kind, OSError) and error.errno == errno.ENOSPC:
         fail(error)
-    if issubclass(kind, MemoryError) or re.search("out of memory|allocate", first_line(error)):
+    if issubclass(kind, MemoryError) or re.search("out of memory|allocate|Storage size", first_line(error)):
         reason = ". ".join(first_line(error).split(". ")[:2])
         fail(f"out of memory ({reason}): lower --batch_size, --block_size, the model or, in sample.py, --num_samples")
     sys.__excepthook__(kind, error, trace)
@@ -109,16 +109,9 @@ def exit_quietly_on_closed_pipe():
 
 # other programs' names of settings
 SYNONYMS = {
-    "lr": ["learning_rate"],
-    "epochs": ["max_iters"],
-    "steps": ["max_iters"],
-    "max_steps": ["max_iters"],
-    "prompt": ["start", "sample_prompt"],
-    "length": ["max_new_tokens", "block_size"],
-    "max_tokens": ["max_new_tokens"],
-    "model": ["init_from"],
-    "data": ["dataset"],
-}
+    "lr": "learning_rate", "epochs": "max_iters", "steps": "max_iters", "max_steps": "max_iters", "model": "init_from",
+    "data": "dataset", "prompt": "start sample_prompt", "length": "max_new_tokens block_size",
+}  # fmt: skip
 # environment variables that change defaults
 ENVIRONMENT = {"WANDB_PROJECT": "wandb_project", "SAVE_INTERVAL": "save_interval", "MIXED_PRECISION": "dtype"}
 MIXED_PRECISION = {"true": "auto", "false": "float32", "no": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -130,7 +123,6 @@ def configure(script):
     Returns (settings as a dict, names set explicitly by a config file or a flag). A setting is a global with a
     lower-case name, no leading underscore, and an int, float, bool or str as its value.
     """
-    sys.excepthook = report_error
     repair_streams()
 
     # the defaults, first changed by the environment
@@ -248,7 +240,7 @@ def unknown_setting(key, known):
 
     Example: "n_layers", ["n_layer"] -> "unknown setting n_layers (did you mean n_layer?)"
     """
-    synonyms = [name for name in SYNONYMS.get(key, ()) if name in known]
+    synonyms = [name for name in SYNONYMS.get(key, "").split() if name in known]
     near = synonyms or difflib.get_close_matches(key, known, n=1)
     return f"unknown setting {key}" + (f" (did you mean {near[0]}?)" if near else " (--help lists all)")
 
@@ -275,12 +267,12 @@ def read_config(path, namespace, defaults):
     try:
         with open(path, "rb") as f:
             source = f.read()
+        if path.endswith(".pt"):
+            raise FileNotFoundError
     except (FileNotFoundError, IsADirectoryError):
         fail(f"no config file {path}" + config_hint(path, defaults))
     except OSError as e:
         fail(f"cannot read config file {path}: {e.strerror}")
-    if path.endswith(".pt"):
-        fail(f"{path} is not a config file" + config_hint(path, defaults))
 
     # run it, in a namespace that records assignments
     after = Assigned(namespace)
@@ -303,21 +295,17 @@ def read_config(path, namespace, defaults):
 
 
 def config_hint(path, defaults):
-    """Return what was probably meant by a path that is not a config file, in parentheses.
+    """Return the flag, or the config files, that a wrong path of a config file probably means.
 
     Example: "out", {"out_dir": ...} -> " (did you mean --out_dir=out?)"
     """
-    near = difflib.get_close_matches(path, glob.glob("config/*.py"), n=1, cutoff=0.3)
-    configs = sorted(glob.glob(os.path.join(glob.escape(path), "*.py")))
-    if configs:
-        return f" (it is a folder with {', '.join(configs)})"
+    near = glob.glob(os.path.join(glob.escape(path), "*.py"))  # all files of a folder
+    near = sorted(near) or difflib.get_close_matches(path, glob.glob("config/*.py"), n=1, cutoff=0.3)
     if not path.endswith(".py"):
-        is_dataset = os.path.isdir(os.path.join("data", path))
-        name = "init_from" if path.endswith(".pt") else "dataset" if is_dataset else "out_dir"
-        looks_right = is_dataset or path.endswith(".pt") or os.path.isdir(path) or path.startswith("out")
-        if name in defaults and looks_right:
-            near = [shlex.quote(f"--{name}={path}")]
-    return f" (did you mean {near[0]}?)" if near else ""
+        is_run = path.startswith("out") or os.path.exists(os.path.join(path, "ckpt.pt"))
+        flags = {"init_from": path.endswith(".pt"), "dataset": os.path.isdir(f"data/{path}"), "out_dir": is_run}
+        near = [shlex.quote(f"--{name}={path}") for name in flags if flags[name] and name in defaults] or near
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def inherit(settings, given, saved, source):
@@ -582,6 +570,7 @@ def exit_now(code, distributed):
         sys.stdout.flush()
     except OSError:  # a closed pipe: Python would exit with a code of its own
         sys.stdout = None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is saved
     if distributed:
         os._exit(code)
     sys.exit(code)

@@ -314,10 +314,11 @@ if resuming:
     saved_step = saved["gradient_accumulation_steps"] * saved["batch_size"] * saved["block_size"]
     tokens_seen = checkpoint.get("tokens_seen", iter_num * saved_step)
     # losses on other validation windows cannot be compared
-    same = saved["eval_iters"] * saved["batch_size"] == eval_iters * batch_size
-    same = same and (saved["dataset"], saved["block_size"]) == (dataset, block_size)
-    if not same or checkpoint.get("val_tokens", len(tokens["val"])) != len(tokens["val"]):
-        best_restarts, best_val_loss = True, 1e9
+    saved_windows = saved["dataset"], saved["block_size"], saved["eval_iters"] * saved["batch_size"]
+    best_restarts = saved_windows != (dataset, block_size, eval_iters * batch_size)
+    best_restarts |= checkpoint.get("val_tokens", len(tokens["val"])) != len(tokens["val"])
+    if best_restarts:
+        best_val_loss = 1e9
         print0("best val loss restarts: dataset, block_size or number of evaluation windows changed")
     with usage_errors():
         gpt.load_training_state(optimizer, scaler, checkpoint)
