@@ -28,7 +28,7 @@ import tokenize
 
 # OpenMP threads that wait spin only briefly, so that a step next to a busy process is not 10 to 50 times slower
 if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-    os.environ["GOMP_SPINCOUNT"] = "2500"  # of libgomp; fewer slow small models down on idle CPUs
+    os.environ["GOMP_SPINCOUNT"] = "5000"  # of libgomp; fewer slow small models down on idle CPUs
 
 # Ctrl-C while torch is imported, which takes seconds, ends the script without a traceback
 interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # nohup ignores it
