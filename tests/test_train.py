@@ -409,16 +409,17 @@ def test_ctrl_c_during_the_import_of_torch_is_quiet(start_process, name):
 
 
 def test_run_survives_kill_9_at_any_moment(train, tiny_run, tmp_path, start_process):
-    flags = [*tiny_run.flags, "--max_iters=100", "--log_interval=25", "--eval_interval=50", "--n_embd=128"]
+    # small batches and many weights: nearly all of the time goes into saves, and with it nearly every kill
+    flags = [*tiny_run.flags, "--batch_size=1", "--gradient_accumulation_steps=1", "--n_embd=256"]
+    flags += ["--max_iters=60", "--log_interval=30", "--eval_interval=30"]
     train(flags)
     folder = tmp_path / "killed"
     kills = reached = 0
     while True:
-        # a save after every step, so that many a kill falls into one
         process = start_process("train.py", *flags, f"--out_dir={folder}", "--init_from=auto", "--save_interval=1")
         try:
             wait_for_line(process, r"^run " if reached else r"^iter 0:")
-            process.communicate(timeout=0.2 + 0.2 * kills if kills < 3 else 60)
+            process.communicate(timeout=0.1 + 0.1 * kills if kills < 4 else 120)
             assert process.returncode == 0
             break
         except subprocess.TimeoutExpired:
@@ -432,8 +433,7 @@ def test_run_survives_kill_9_at_any_moment(train, tiny_run, tmp_path, start_proc
             reached = state["iter_num"]
     assert kills >= 3
     assert_same_state(read_checkpoint(tiny_run.out / LATEST), read_checkpoint(folder / LATEST))
-    rows = [r["iter"] for r in metrics(folder) if "loss" in r]
-    assert rows == sorted(set(rows))
+    assert [r["iter"] for r in metrics(folder) if "loss" in r] == [0, 30]
 
 
 def test_checkpoint_survives_kill_at_any_rename(tmp_path, monkeypatch):
@@ -908,6 +908,7 @@ def test_compiled_training_gives_the_same_losses(train, tiny_run, tmp_path):
         pytest.skip("no g++ to compile with")
     # 34 windows of validation text in batches of 4: the last is short
     flags = ["--n_layer=1", "--max_iters=5", "--eval_iters=100", "--dropout=0.0"]
+    torch._dynamo.utils.counters.clear()
     compiled = train(tiny_run.flags, *flags, "--compile=True", "--dropout=0.0", f"--out_dir={tmp_path / 'compiled'}")
     assert "does not work here" not in compiled.err
     # of can_compile(), of the training step and of the evaluation: none runs uncompiled
