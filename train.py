@@ -252,8 +252,8 @@ if batch_size * block_size >= 2**31:
     fail(f"{batch_size} x {block_size} is too many tokens for a micro-batch: lower --batch_size")
 if block_size < longest and not has_rope:
     if resuming:
-        source = shlex.quote(f"--init_from={out_dir}")
-        fail(f"this run has block_size {longest}: start a new one, {source} --block_size={block_size}")
+        new_run = f"{shlex.quote(f'--init_from={out_dir}')} --block_size={block_size}"
+        fail(f"this run has block_size {longest}: start a new one, {new_run}")
     model.crop_block_size(block_size)
 config["block_size"] = block_size
 with usage_errors():
@@ -277,7 +277,7 @@ with usage_errors():
 
 # LoRA: add adapters; their checkpoints name the file of the base model, which must stay where it is
 if lora_rank and not resuming and not eval_only:
-    if checkpoint and "lora" in checkpoint:  # merge_lora() above merged it in memory: there is no file to name
+    if checkpoint and "lora" in checkpoint:  # merge_lora() above merged it in memory only
         source = shlex.quote(f"--init_from={init_from}")
         fail(f"{init_from} is an adapter: merge it first, python sample.py {source} --export=x --merge")
     if checkpoint and os.path.realpath(out_dir) == os.path.dirname(os.path.realpath(checkpoint_path)):
@@ -286,27 +286,19 @@ if lora_rank and not resuming and not eval_only:
     with usage_errors():
         gpt.add_lora(model, init_from, lora_rank, lora_alpha, lora_dropout, lora_targets)
 
-# move the weights to the device: a full copy per rank, or a shard (FSDP)
+# move the weights to the device: a full copy per rank, or a shard (FSDP); then the optimizer
 with usage_errors():
     if use_fsdp:
         gpt.shard_model(model, device_type, ptdtype)
     else:
         model.to(device)
-
-# optimizer
-with usage_errors():
     betas = (beta1, beta2)
     optimizer = gpt.configure_optimizers(model, weight_decay, learning_rate, betas, device_type, muon, ptdtype)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
 # where the run stands
-iter_num, tokens_seen, best_val_loss, wandb_id = 0, 0, 1e9, None
-if inherits:
-    iter_num = checkpoint.get("iter_num", 0)
-    print0(f"{'resuming from' if resuming else 'evaluating'} {checkpoint_path} at step {iter_num}")
-    if changed:
-        print0(f"changed since then: {', '.join(changed)}")
-best_restarts = False
+iter_num = checkpoint.get("iter_num", 0) if inherits else 0
+tokens_seen, best_val_loss, best_restarts, wandb_id = 0, 1e9, False, None
 if resuming:
     best_val_loss, wandb_id = float(checkpoint.get("best_val_loss", 1e9)), checkpoint.get("wandb_id")
     # nanoGPT's checkpoints have no tokens_seen: all steps were of the size in their settings
@@ -319,7 +311,6 @@ if resuming:
     best_restarts |= checkpoint.get("val_tokens", len(tokens["val"])) != len(tokens["val"])
     if best_restarts:
         best_val_loss = 1e9
-        print0("best val loss restarts: dataset, block_size or number of evaluation windows changed")
     with usage_errors():
         gpt.load_training_state(optimizer, scaler, checkpoint)
     if "optimizer" not in checkpoint:
@@ -340,28 +331,6 @@ if gradient_checkpointing:
 if use_ddp:
     device_ids = [torch.device(device).index] if device_type == "cuda" else None
     model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
-
-# bytes per token, for bits per byte, and the prompt of the samples
-vocab_size = raw_model.config.vocab_size
-byte_lengths = torch.zeros(vocab_size, dtype=torch.int64)
-tokenizer, prompt = None, None
-if tokenizer_description:
-    try:
-        tokenizer = from_description(tokenizer_description)
-    except ValueError as e:
-        print(f"rank {rank}: no bits per byte and no samples: {e}", file=sys.stderr)
-if any_rank(tokenizer is None, device):  # a node without network may lack what the others have
-    tokenizer = None
-else:
-    lengths = torch.from_numpy(tokenizer.byte_lengths()[:vocab_size])
-    byte_lengths[: len(lengths)] = lengths
-if tokenizer and sample_interval and not eval_only:
-    try:
-        prompt = torch.tensor([prompt_ids(tokenizer, sample_prompt, vocab_size)], device=device)
-    except ValueError as e:
-        if "sample_prompt" in explicit:
-            fail(f"--sample_prompt: {e}")
-        print0(f"no samples of text: {e}; set --sample_prompt")
 
 # -----------------------------------------------------------------------------
 # batches, evaluation, learning rate
@@ -772,6 +741,28 @@ class Run:
 # -----------------------------------------------------------------------------
 # start and end
 
+# bytes per token, for bits per byte, and the prompt of the samples
+vocab_size = raw_model.config.vocab_size
+byte_lengths = torch.zeros(vocab_size, dtype=torch.int64)
+tokenizer, prompt = None, None
+if tokenizer_description:
+    try:
+        tokenizer = from_description(tokenizer_description)
+    except ValueError as e:
+        print(f"rank {rank}: no bits per byte and no samples: {e}", file=sys.stderr)
+if any_rank(tokenizer is None, device):  # a node without network may lack what the others have
+    tokenizer = None
+else:
+    lengths = torch.from_numpy(tokenizer.byte_lengths()[:vocab_size])
+    byte_lengths[: len(lengths)] = lengths
+if tokenizer and sample_interval and not eval_only:
+    try:
+        prompt = torch.tensor([prompt_ids(tokenizer, sample_prompt, vocab_size)], device=device)
+    except ValueError as e:
+        if "sample_prompt" in explicit:
+            fail(f"--sample_prompt: {e}")
+        print0(f"no samples of text: {e}; set --sample_prompt")
+
 # what train() and Run use
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 first_iter = iter_num
@@ -780,7 +771,13 @@ resume = f"python train.py --init_from=resume {out_flag}"
 run = Run()
 stop_signal = StopSignal()
 
-# report data, model and schedule
+# report the checkpoint, data, model and schedule
+if inherits:
+    print0(f"{'resuming from' if resuming else 'evaluating'} {checkpoint_path} at step {iter_num}")
+    if changed:
+        print0(f"changed since then: {', '.join(changed)}")
+if best_restarts:
+    print0("best val loss restarts: dataset, block_size or number of evaluation windows changed")
 shape, n_params = raw_model.config, gpt.get_num_params(raw_model)
 n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 epochs = (tokens_seen + (max_iters - iter_num) * tokens_per_iter) / len(tokens["train"])
