@@ -135,7 +135,7 @@ if __name__ == "__main__":  # not in worker processes: they get the resulting se
         try:
             tokens, data_vocab_size = open_splits()
         except (OSError, ValueError) as e:
-            print(f"random tokens: {e}")
+            print(configurator.visible(f"random tokens: {e}"))
     real_data = bool(tokens)
     vocab_size = vocab_size or gpt.round_vocab_size(data_vocab_size or 50257)
     with usage_errors():

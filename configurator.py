@@ -53,9 +53,14 @@ def first_line(error):
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
+def visible(text):
+    """Replace control characters, as for_terminal() of data/tokenizer.py does."""
+    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
 def fail(message):
     """Print one line that says what is wrong and what to type, and exit with 2 (wrong usage)."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    print("error:", visible(" ".join(str(message).split())), file=sys.stderr)
     sys.exit(2)
 
 
@@ -89,7 +94,7 @@ def print0(text, progress=False):
     """Print on rank 0. On a terminal the next text replaces a progress line."""
     if os.environ.get("RANK", "0") != "0":
         return
-    end = "\n"
+    end, text = "\n", visible(text)
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns - 1
         text = "\r".ljust(width + 1) + "\r" + (text[:width] if progress else text)

@@ -1141,7 +1141,7 @@ def load_checkpoint(folder, names=(LATEST, PREVIOUS), mmap=False):
             errors.append(str(e).split("\n")[0])
             continue
         for error in errors:
-            print(f"WARNING: {error}; using {path} instead", file=sys.stderr)
+            print(f"WARNING: {error!r}; using {path} instead", file=sys.stderr)
         return checkpoint, path
     raise ValueError("; ".join(errors))
 

@@ -80,7 +80,7 @@ with usage_errors():
     checkpoint, path = gpt.open_checkpoint(init_from, out_dir)
     model = gpt.load_model(init_from, checkpoint, dropout=0.0).eval()
 if checkpoint:
-    print(f"loaded {path}, step {checkpoint.get('iter_num', 'unknown')}", file=sys.stderr)
+    print(for_terminal(f"loaded {path}, step {checkpoint.get('iter_num', 'unknown')}"), file=sys.stderr)
 if (merge or compare) and not model.lora:
     fail("--merge and --compare need a LoRA adapter, but this is a whole model")
 if merge or not (export or compare):
@@ -139,9 +139,14 @@ def stream_text(x, length, options):
     yield from tokenizer.decode_stream(i for i in ids if i != options["stop"])
 
 
+def show(text, end="\n"):
+    """Print a text; into a file or a pipe it is written as it is."""
+    print(for_terminal(text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
 def print_stream(x):
     for text in stream_text(x, max_new_tokens, sampling):
-        print(text, end="", flush=True)
+        show(text, end="")
     print()
 
 
@@ -162,7 +167,7 @@ def export_model(folder):
         gpt.save_pretrained(model, folder, tokenizer.eot)
         reader = "AutoModelForCausalLM and AutoTokenizer"
     tokenizer.save_pretrained(folder)
-    print(f"wrote {folder} (for {reader})")
+    show(f"wrote {folder} (for {reader})")
     if tokenizer.description["kind"] in ("bpe", "char", "symbols"):
         print("llama.cpp's converter does not know this tokenizer: it takes those of published models only")
     if tokenizer.eot is None:
@@ -287,10 +292,10 @@ if compare:
     compare_with_base(x)
 elif stream:
     for _ in range(num_samples):
-        print(start, end="")
+        show(start, end="")
         print_stream(x)
         print("---------------")
 else:
     for text in generate_texts(x):
-        print(text)
+        show(text)
         print("---------------")

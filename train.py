@@ -40,7 +40,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 import model as gpt
 from configurator import StopSignal, any_rank, configure, fail, first_line, print0, sum_over_ranks, usage_errors
 from data.shards import DataError, Dataset, FolderLock, eval_windows, load_batch, train_windows
-from data.tokenizer import assumed_tokenizer, for_terminal, from_description, from_hub, prompt_ids, same_tokens
+from data.tokenizer import assumed_tokenizer, from_description, from_hub, prompt_ids, same_tokens
 from model import BEST, GPT, LATEST, PREVIOUS, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -508,7 +508,7 @@ def sample_text():
     if deterministic:
         torch.use_deterministic_algorithms(True)
     raw_model.train()
-    return for_terminal(tokenizer.decode(ids[0].tolist()))
+    return tokenizer.decode(ids[0].tolist())
 
 
 def eval_line(losses):
@@ -749,7 +749,7 @@ if tokenizer_description:
     try:
         tokenizer = from_description(tokenizer_description)
     except ValueError as e:
-        print(f"rank {rank}: no bits per byte and no samples: {e}", file=sys.stderr)
+        print(configurator.visible(f"rank {rank}: no bits per byte and no samples: {e}"), file=sys.stderr)
 if any_rank(tokenizer is None, device):  # a node without network may lack what the others have
     tokenizer = None
 else:
@@ -810,7 +810,7 @@ try:
     exit_code = train()
 except Exception as e:
     if isinstance(e, DataError):
-        print(f"error: {e}", file=sys.stderr)
+        print(configurator.visible(f"error: {e}"), file=sys.stderr)
         exit_code = 2
     elif stop_signal.received:  # Ctrl-C also ends the compiler of torch.compile
         exit_code = 128 + stop_signal.received

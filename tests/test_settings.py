@@ -252,6 +252,14 @@ def test_report_error_is_one_line_for_users(capsys, error, message, code):
     assert e.value.code == code and message in err and err.count("\n") == 1
 
 
+def test_names_and_texts_cannot_control_the_terminal(capsys):
+    with pytest.raises(SystemExit), configurator.usage_errors():
+        raise ValueError("cannot read a\x1b[2J\x9b")
+    configurator.print0("a\x07\tb\x1b[2J")
+    out, err = capsys.readouterr()
+    assert err == "error: cannot read a\ufffd[2J\ufffd\n" and out == "a\ufffd\tb\ufffd[2J\n"
+
+
 def test_bugs_show_a_traceback(capsys):
     configurator.report_error(KeyError, KeyError("x"), None)
     assert "KeyError: 'x'" in capsys.readouterr().err
