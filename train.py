@@ -816,9 +816,11 @@ except Exception as e:
         exit_code = 128 + stop_signal.received
     else:
         raise
-    if distributed:  # the other ranks wait in a collective: leave, and torchrun stops them
+    if use_fsdp:  # a save needs all ranks, but they wait in another collective: leave, and torchrun stops them
         run.close(exit_code)
         configurator.exit_now(exit_code, distributed)
+    if distributed:  # save without the other ranks
+        dist.destroy_process_group()
     if iter_num > run.saved_iter and not eval_only:
         run.save(LATEST)
 run.wait()
@@ -834,7 +836,7 @@ elif exit_code > 128:
 elif exit_code == 0 and iter_num > 0 and not eval_only:
     print0(f"done: {iter_num} steps, best val loss {run.best_val_loss:.4f}; python sample.py {out_flag}")
 run.close(exit_code)
-if distributed:
+if dist.is_initialized():
     dist.barrier()  # a rank that exits while another one saves can bring it down
     dist.destroy_process_group()
 configurator.exit_now(exit_code, distributed)
