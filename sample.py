@@ -68,6 +68,8 @@ if serve and compile:
 if serve:
     try:
         import gradio as gr
+        from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
     except ImportError as e:
         fail(f"--serve needs gradio ({e}): pip install gradio, or use --interactive")
 
@@ -246,14 +248,16 @@ def serve_page():
         triggers = [generate_button.click, prompt.submit, options[-1].submit]
         run = gr.on(
             triggers, stream_to_page, [prompt, *options], [text, speed],
-            api_name="generate", concurrency_limit=8, show_progress_on=speed,
+            api_name="generate", concurrency_limit=None, show_progress_on=speed,
         )  # fmt: skip
         stop_button.click(None, cancels=run)
 
     os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},127.0.0.1"  # gradio requests its own page
+    # other sites must not reach it by a domain name that they point to 127.0.0.1
+    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     with usage_errors():
-        local = dict(server_name="127.0.0.1", share=False, run_history=False, footer_links=[])
-        page.launch(**local, quiet=True, prevent_thread_lock=True)
+        local = dict(server_name="127.0.0.1", share=False, run_history=False, footer_links=[], max_file_size=0)
+        page.launch(**local, app_kwargs={"middleware": [trusted]}, quiet=True, prevent_thread_lock=True)
     print(f"open {page.local_url} in a browser; Ctrl-C ends it", flush=True)
     try:
         page.server.thread.join()
