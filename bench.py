@@ -103,7 +103,7 @@ def open_splits():
 
 if __name__ == "__main__":  # not in worker processes: they get the resulting settings
     configurator.check_minimum(config, 1, "batch_size", "block_size")
-    configurator.check_minimum(config, 0, "steps", "decode_tokens", "lora_rank", "learning_rate", "seed")
+    configurator.check_minimum(config, 0, "steps", "decode_tokens", "lora_rank", "learning_rate", "seed", "seconds")
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", decode_batch):
         fail(f"--decode_batch must be numbers such as 1,10, got {decode_batch}")
     if transformers and decode_tokens > block_size:
