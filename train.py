@@ -789,12 +789,12 @@ print0(
 )
 if not eval_only:
     batch = f"{gradient_accumulation_steps} x {batch_size} x {block_size}"
-    print0(f"run {max_iters:,} steps of {tokens_per_iter:,} tokens ({batch}), {epochs:.3g} epochs")
+    warmup = ", all of them warmup" if decay_lr and 0 < max_iters <= warmup_iters else ""
+    print0(f"run {max_iters:,} steps of {tokens_per_iter:,} tokens ({batch}), {epochs:.3g} epochs{warmup}")
     decays = decay_lr and lr_schedule != "constant"
     warnings = {
         "more than 4 epochs over the training data: expect diminishing returns": epochs > 4,
         "min_lr exceeds learning_rate": decays and min_lr > learning_rate,
-        "warmup_iters >= max_iters: learning_rate is never reached": decay_lr and 0 < max_iters <= warmup_iters,
         "lr_decay_iters <= warmup_iters: no decay": decays and 0 < lr_decay_iters <= warmup_iters < max_iters,
         "lr_decay_iters exceeds max_iters: min_lr is never reached": decays and 0 < max_iters < lr_decay_iters,
     }
