@@ -210,6 +210,17 @@ def test_device_and_dtype(capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "given, spin_count", [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_spin_count_is_set_unless_the_user_has_set_it(monkeypatch, given, spin_count):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the module replaces
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    monkeypatch.setattr(os, "environ", environment | given)
+    runpy.run_path(str(ROOT / "configurator.py"))
+    assert os.environ.get("GOMP_SPINCOUNT") == spin_count
+
+
 def run_process(*args, **options):
     return subprocess.run([sys.executable, *args], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
 
