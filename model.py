@@ -569,9 +569,11 @@ GPT.configure_optimizers = configure_optimizers  # a method, as in nanoGPT
 def check_config(config):
     """Raise ValueError if the fields of a GPTConfig are inconsistent."""
     # sizes and names
-    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    positive = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "rope_theta")
+    for name in (*positive, "n_hidden", "n_kv_head", "head_dim"):
+        minimum = int(name in positive)
+        if getattr(config, name) < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {getattr(config, name)}")
     for name, choices in (("norm", NORMS), ("position", ("learned", "rope")), ("mlp", ACTIVATIONS)):
         if getattr(config, name) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)}")
@@ -1145,7 +1147,7 @@ def load_checkpoint(folder, names=(LATEST, PREVIOUS), mmap=False):
             errors.append(str(e).split("\n")[0])
             continue
         for error in errors:
-            print(f"WARNING: {error}; using {path} instead", file=sys.stderr)
+            print(f"WARNING: {error!r}; using {path} instead", file=sys.stderr)
         return checkpoint, path
     raise ValueError("; ".join(errors))
 

@@ -68,6 +68,8 @@ if serve and compile:
 if serve:
     try:
         import gradio as gr
+        from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
     except ImportError as e:
         fail(f"--serve needs gradio ({e}): pip install gradio, or use --interactive")
 
@@ -80,7 +82,7 @@ with usage_errors():
     checkpoint, path = gpt.open_checkpoint(init_from, out_dir)
     model = gpt.load_model(init_from, checkpoint, dropout=0.0).eval()
 if checkpoint:
-    print(f"loaded {path}, step {checkpoint.get('iter_num', 'unknown')}", file=sys.stderr)
+    print(for_terminal(f"loaded {path}, step {checkpoint.get('iter_num', 'unknown')}"), file=sys.stderr)
 if (merge or compare) and not model.lora:
     fail("--merge and --compare need a LoRA adapter, but this is a whole model")
 if merge or not (export or compare):
@@ -139,9 +141,14 @@ def stream_text(x, length, options):
     yield from tokenizer.decode_stream(i for i in ids if i != options["stop"])
 
 
+def show(text, end="\n"):
+    """Print a text; into a file or a pipe it is written as it is."""
+    print(for_terminal(text) if sys.stdout.isatty() else text, end=end, flush=True)
+
+
 def print_stream(x):
     for text in stream_text(x, max_new_tokens, sampling):
-        print(text, end="", flush=True)
+        show(text, end="")
     print()
 
 
@@ -162,7 +169,7 @@ def export_model(folder):
         gpt.save_pretrained(model, folder, tokenizer.eot)
         reader = "AutoModelForCausalLM and AutoTokenizer"
     tokenizer.save_pretrained(folder)
-    print(f"wrote {folder} (for {reader})")
+    show(f"wrote {folder} (for {reader})")
     if tokenizer.description["kind"] in ("bpe", "char", "symbols"):
         print("llama.cpp's converter does not know this tokenizer: it takes those of published models only")
     if tokenizer.eot is None:
@@ -241,14 +248,16 @@ def serve_page():
         triggers = [generate_button.click, prompt.submit, options[-1].submit]
         run = gr.on(
             triggers, stream_to_page, [prompt, *options], [text, speed],
-            api_name="generate", concurrency_limit=8, show_progress_on=speed,
+            api_name="generate", concurrency_limit=None, show_progress_on=speed,
         )  # fmt: skip
         stop_button.click(None, cancels=run)
 
     os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},127.0.0.1"  # gradio requests its own page
+    # other sites must not reach it by a domain name that they point to 127.0.0.1
+    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     with usage_errors():
-        local = dict(server_name="127.0.0.1", share=False, run_history=False, footer_links=[])
-        page.launch(**local, quiet=True, prevent_thread_lock=True)
+        local = dict(server_name="127.0.0.1", share=False, run_history=False, footer_links=[], max_file_size=0)
+        page.launch(**local, app_kwargs={"middleware": [trusted]}, quiet=True, prevent_thread_lock=True)
     print(f"open {page.local_url} in a browser; Ctrl-C ends it", flush=True)
     try:
         page.server.thread.join()
@@ -287,10 +296,10 @@ if compare:
     compare_with_base(x)
 elif stream:
     for _ in range(num_samples):
-        print(start, end="")
+        show(start, end="")
         print_stream(x)
         print("---------------")
 else:
     for text in generate_texts(x):
-        print(text)
+        show(text)
         print("---------------")

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from data.documents import PIECE, passages
 from data.shards import PREPARING, Dataset, FolderLock, Tokens, read_json, read_meta
-from data.tokenizer import from_description, from_name, with_special_tokens
+from data.tokenizer import for_terminal, from_description, from_name, with_special_tokens
 
 # -----------------------------------------------------------------------------
 # the command line of a prepare.py
@@ -69,7 +69,7 @@ def prepare_script(doc, *names, **defaults):
         print("interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError) as e:
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
+        print("error:", for_terminal(" ".join(str(e).split())), file=sys.stderr)
         sys.exit(2)
 
 
@@ -156,7 +156,7 @@ def write_dataset(folder, corpus, args, source):
             state.meta = encode(folder, corpus, args, state) | {"source": source, "recipe": state.recipe}
             for name, n in state.meta["left_out"].items():
                 hint = f" (first: {corpus.first_bad})" if name == "bad rows" else ""
-                print(f"left out: {n:,} {name}{hint}")
+                print(for_terminal(f"left out: {n:,} {name}{hint}"))
         finish(folder, state)
 
 
@@ -197,7 +197,7 @@ def begin(folder, recipe, force):
             print(f"{folder} is complete: {n_train:,} + {n_val:,} tokens; use --force to prepare it again")
             return None
         except (OSError, ValueError) as e:
-            print(f"preparing it again: {e}")
+            print(for_terminal(f"preparing it again: {e}"))
     return State(recipe)
 
 
@@ -210,7 +210,7 @@ def finish(folder, state):
         path = os.path.join(folder, os.path.basename(name))
         if os.path.exists(path + ".tmp"):
             os.replace(path + ".tmp", path)
-        print(f"{path}: {files[name]['tokens']:,} tokens")
+        print(for_terminal(f"{path}: {files[name]['tokens']:,} tokens"))
     remove_others(folder, files)
     if state.meta["tokenizer"]["kind"] == "char":  # nanoGPT's scripts read the vocabulary from here
         characters = state.meta["tokenizer"]["characters"]

@@ -436,6 +436,8 @@ def test_inconsistent_config_is_refused():
         (dict(position="rope", head_dim=7), "even head_dim, got 7"),
         (dict(n_head=3), "multiple of n_head"),
         (dict(n_layer=0), "n_layer must be at least 1"),
+        (dict(rope_theta=0.0), "rope_theta must be at least 1"),
+        (dict(n_kv_head=-1), "n_kv_head must be at least 0"),
         (dict(n_layer=10**12), "parameters: lower them"),
     ):
         with pytest.raises(ValueError, match=message):

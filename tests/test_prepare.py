@@ -943,6 +943,11 @@ def test_abstracts_from_the_arxiv_api(prepare, monkeypatch):
     assert "--source=elsewhere is not hub or arxiv" in error_of(prepare("scientific_papers", "--source=elsewhere"))
 
 
+def test_names_in_files_cannot_control_the_terminal(prepare, tmp_path):
+    (tmp_path / "a.csv").write_text("a\x1b[2Jb,c\n1,2\n")
+    assert "a\ufffd[2Jb" in error_of(prepare("text", tmp_path / "a.csv", "--name=a", "--tokenizer=char"))
+
+
 def test_ctrl_c_in_a_script_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare.py"])
     with pytest.raises(SystemExit) as e, preparation.prepare_script("A script."):

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 from conftest import TEXT
@@ -29,6 +30,15 @@ def test_seed_determines_the_text(sample):
 def test_streamed_text_equals_batched_text(sample):
     flags = ["--start=Call me", "--num_samples=1", "--max_new_tokens=100", "--temperature=1.5", "--top_p=0.9"]
     assert sample(*flags, "--stream").out == sample(*flags).out
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"]])
+def test_samples_cannot_control_the_terminal(sample, monkeypatch, flags):
+    monkeypatch.setattr("data.tokenizer.CharTokenizer.token_bytes", lambda self, i: b"\x1b")
+    into_a_file = sample(*GREEDY, "--max_new_tokens=3", *flags).out
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True, raising=False)
+    on_a_terminal = sample(*GREEDY, "--max_new_tokens=3", *flags).out
+    assert into_a_file.count("\x1b") >= 3 and on_a_terminal == into_a_file.replace("\x1b", "\ufffd")
 
 
 def test_slide_continues_past_the_context(sample):
