@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -769,7 +770,13 @@ def from_pretrained(name, override_args=None):
         if base != name:
             from peft import PeftModel
 
-            hf = PeftModel.from_pretrained(hf, name).merge_and_unload()
+            # the adapter may change one of two tied matrices; peft only warns of weights that it lacks
+            hf.lm_head.weight = nn.Parameter(hf.lm_head.weight.detach().clone())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("error", "Found missing adapter keys")
+                hf = PeftModel.from_pretrained(hf, name).merge_and_unload()
+            config.tied = config.tied and torch.equal(hf.get_input_embeddings().weight, hf.lm_head.weight)
     except Exception as e:  # corrupt files raise many exception types
         raise OSError(f"cannot load the weights of {name}: {str(e).strip() or type(e).__name__}") from None
     wrong = [f"{kind.removesuffix('_keys')} {', '.join(map(str, keys))}" for kind, keys in info.items() if keys]
@@ -1080,6 +1087,7 @@ def save_adapter(model, folder):
         r=model.lora["rank"], lora_alpha=model.lora["alpha"], lora_dropout=model.lora["dropout"],
         fan_in_fan_out=model_type == "gpt2", inference_mode=True,
     ).save_pretrained(folder)  # fmt: skip
+    shutil.copymode(os.path.join(folder, "adapter_config.json"), path)  # written for the owner only
 
 
 # -----------------------------------------------------------------------------

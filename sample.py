@@ -122,7 +122,7 @@ with usage_errors():
             start = f.read()
 # the model's end tokens: an imported model has its own, others end a document with the tokenizer's end of text
 end_ids = (model.hub or {}).get("generation_config", {}).get("eos_token_id", tokenizer.eot)
-end_ids = [i for i in (end_ids if isinstance(end_ids, list) else [end_ids]) if i is not None]
+end_ids = [i for i in (end_ids if isinstance(end_ids, list) else [end_ids]) if i in range(vocab_size)]
 slide = min(slide, block_size)
 generator = torch.Generator(device).manual_seed(seed)
 sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=end_ids, slide=slide, generator=generator)

@@ -5,6 +5,7 @@ import os
 import subprocess
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from conftest import TEXT, options
@@ -123,9 +124,32 @@ def test_adapter_folder_is_merged_into_its_base(tmp_path):
     with torch.no_grad():
         logits = from_pretrained(str(tmp_path / "adapter"))(idx, idx)[0]
         torch.testing.assert_close(logits, theirs(idx).logits, atol=1e-5, rtol=0)
+    # an adapter for other modules would leave the base as it was
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights = {key.replace("q_proj", "other"): weight for key, weight in safetensors.torch.load_file(path).items()}
+    safetensors.torch.save_file(weights, path)
+    with pytest.raises(OSError, match="missing adapter keys"):
+        from_pretrained(str(tmp_path / "adapter"))
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(OSError, match="names no base model"):
         from_pretrained(str(tmp_path / "adapter"))
+
+
+@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_adapter_of_one_tied_matrix_unties_them(target, tmp_path):
+    peft = pytest.importorskip("peft")
+    random_model(CONFIGS["llama, tied, biases"]).save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=[target], init_lora_weights=False)
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours, idx = from_pretrained(str(tmp_path / "adapter")), torch.randint(99, (2, 40))
+    save_pretrained(ours, str(tmp_path / "out"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        for logits in (ours(idx, idx)[0], again(idx).logits):
+            torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-5)
 
 
 def test_export_has_a_row_per_token_of_the_tokenizer(tmp_path):
@@ -440,7 +464,7 @@ def test_transformers_folder_is_finetuned_and_exported(script, tiny_run, tiny, t
         assert script("sample.py", source, *flags, "--device=cpu").out == f"{expected}\n---------------\n"
     # generation ends at any of the model's end tokens
     path = tmp_path / "hub" / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [299, ids[-4].item()]}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [-1, 10**30, "</s>", 299, ids[-4].item()]}))
     end = ids.tolist().index(ids[-4], x.size(1))
     for extra in ([], ["--stream"]):
         ended = script("sample.py", source, *flags, *extra, "--device=cpu").out

@@ -96,6 +96,7 @@ def test_exported_adapter_equals_peft(name, targets, tmp_path):
         torch.testing.assert_close(theirs(X).logits, tuned, rtol=1e-4, atol=1e-5)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == 4 and config["lora_alpha"] == 8
+    assert len({path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}) == 1  # all as readable
 
 
 @pytest.fixture
