@@ -1,5 +1,6 @@
 """What a run shows: terminal, metrics, TensorBoard, wandb, loss curves, samples of text."""
 
+import importlib.util
 import json
 import math
 import os
