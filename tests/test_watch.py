@@ -1,6 +1,7 @@
 """What a run shows: terminal, metrics, TensorBoard, wandb, loss curves, samples of text."""
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -239,12 +241,17 @@ def test_short_trial_of_a_preset_prints_no_warning(train, tiny, tmp_path, path):
     assert bool(warmup) == ("shakespeare_char_fast" not in path.stem)
 
 
-def test_progress_lines_count_the_steps_and_the_time_left(train, tiny_run):
+def test_progress_lines_count_the_steps_and_the_time_left(train, tiny_run, monkeypatch):
+    clock = itertools.count()  # a second per call: three per step, of which the last is the progress line's
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("model.peak_flops", lambda device, dtype: (None, "not measured"))
     out = train(tiny_run.flags, "--max_iters=10").out + train(tiny_run.flags, "--init_from=resume").out
-    steps = re.findall(r"^iter (\d+): .* step (\d+) of (\d+), eta (unknown|\d:\d\d:\d\d), lr", out, re.MULTILINE)
-    assert [tuple(map(int, step[:3])) for step in steps] == [(i, i + 1, 10 if i < 10 else 20) for i in range(20)]
-    assert [i for i, step in enumerate(steps) if step[3] == "unknown"] == [0, 10]  # the first step compiles
-    assert steps[9][3] == steps[19][3] == "0:00:00"
+    lines = re.findall(r"^iter (\d+): .* step (\d+) of (\d+), eta (unknown|0:00:\d\d), lr", out, re.MULTILINE)
+    assert [tuple(map(int, line[:3])) for line in lines] == [(i, i + 1, 10 if i < 10 else 20) for i in range(20)]
+    for run in (lines[:10], lines[10:]):
+        assert run[0][3] == "unknown"  # the first step compiles
+        seconds = [int(line[3][-2:]) for line in run[1:]]
+        assert seconds == [round((9 - k) * (3 * k - 1) / k) for k in range(1, 10)]
 
 
 def test_printed_commands_work_in_a_shell(train, tiny_run, tmp_path):
