@@ -39,6 +39,7 @@ import torch
 import model as gpt
 from configurator import configure, fail, pick_device, usage_errors
 from data.shards import Dataset, eval_windows, load_batch, train_windows
+from data.tokenizer import for_terminal
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -135,7 +136,7 @@ if __name__ == "__main__":  # not in worker processes: they get the resulting se
         try:
             tokens, data_vocab_size = open_splits()
         except (OSError, ValueError) as e:
-            print(configurator.visible(f"random tokens: {e}"))
+            print(for_terminal(f"random tokens: {e}"))
     real_data = bool(tokens)
     vocab_size = vocab_size or gpt.round_vocab_size(data_vocab_size or 50257)
     with usage_errors():
@@ -234,7 +235,7 @@ class Runner:
         self.scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
     def get_batch(self, i):
-        """Return inputs and targets of training step i, (B, T) each."""
+        """Return inputs and targets of training step i, both (B, T)."""
         if not self.tokens:
             xy = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)
             return xy[:, :-1], xy[:, 1:]

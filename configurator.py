@@ -38,6 +38,8 @@ if interruptible:
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from data.tokenizer import for_terminal  # noqa: E402
+
 if interruptible:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -53,14 +55,9 @@ def first_line(error):
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
-def visible(text):
-    """Replace control characters, as for_terminal() of data/tokenizer.py does."""
-    return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
-
-
 def fail(message):
     """Print one line that says what is wrong and what to type, and exit with 2 (wrong usage)."""
-    print("error:", visible(" ".join(str(message).split())), file=sys.stderr)
+    print("error:", for_terminal(" ".join(str(message).split())), file=sys.stderr)
     sys.exit(2)
 
 
@@ -94,7 +91,7 @@ def print0(text, progress=False):
     """Print on rank 0. On a terminal the next text replaces a progress line."""
     if os.environ.get("RANK", "0") != "0":
         return
-    end, text = "\n", visible(text)
+    end, text = "\n", for_terminal(text)
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns - 1
         text = "\r".ljust(width + 1) + "\r" + (text[:width] if progress else text)

@@ -71,6 +71,9 @@ def test_resume_needs_only_out_dir(train, tiny_run, finished, tmp_path):
     train(tiny_run.flags, f"--out_dir={again}", "--max_iters=7")
     train([], f"--out_dir={again}", "--init_from=resume", "--max_iters=20", "--device=cpu")
     assert_same_state(finished, read_checkpoint(again / LATEST))
+    # the evaluation at the end of the shorter run is not repeated, and kept
+    assert [r["iter"] for r in metrics(again) if "val/loss" in r] == [0, 7, 10, 20]
+    assert [r["iter"] for r in metrics(again) if "loss" in r] == list(range(20))
 
 
 def test_auto_starts_and_then_resumes(train, tiny_run, finished, tmp_path):
