@@ -39,7 +39,7 @@ max_new_tokens = 500  # number of tokens generated in each sample
 temperature = 0.8  # <1.0: less random, >1.0: more random, 0: greedy
 top_k = 200  # keep the k most likely tokens; 0: all
 top_p = 0.0  # nucleus sampling: keep the fewest tokens whose probabilities sum to p; 0: all
-stop = ""  # end a sample at this text, which must be one token; empty: at max_new_tokens only
+stop = ""  # also end a sample before this text; a sample always ends at the model's end tokens
 slide = 1  # tokens to drop when the context is full; more is faster, see GPT.stream
 stream = False  # print tokens when they are generated, sample by sample; False: all samples in one batch
 interactive = False  # read prompts from the terminal, line by line
@@ -93,7 +93,8 @@ vocab_size, block_size = model.config.vocab_size, model.config.block_size
 
 # tokenizer: the checkpoint's, else its dataset's, else GPT-2's if the vocabulary has its size
 with usage_errors():
-    checkpoint = checkpoint or {"tokenizer": from_hub(init_from)}
+    if not checkpoint:
+        checkpoint = {"tokenizer": from_hub(init_from) or from_hub(gpt.adapter_base(init_from))}
     dataset = dataset or checkpoint.get("config", {}).get("dataset", "")
     description = checkpoint.get("tokenizer") or read_meta(os.path.join("data", dataset)).get("tokenizer")
     if not description:
@@ -113,32 +114,47 @@ with usage_errors():
     elif start.startswith("FILE:"):
         with open(start.removeprefix("FILE:"), encoding="utf-8-sig") as f:
             start = f.read()
-    stop_ids = tokenizer.encode(stop).tolist() if stop else [None]
-if len(stop_ids) != 1:
-    fail(f"--stop must be one token, but {stop!r} is {len(stop_ids)}")
+# the model's end tokens: an imported model has its own, others end a document with the tokenizer's end of text
+end_ids = (model.hub or {}).get("generation_config", {}).get("eos_token_id", tokenizer.eot)
+end_ids = [i for i in (end_ids if isinstance(end_ids, list) else [end_ids]) if i is not None]
 slide = min(slide, block_size)
 generator = torch.Generator(device).manual_seed(seed)
-sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=stop_ids[0], slide=slide, generator=generator)
+sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=end_ids, slide=slide, generator=generator)
 
 # -----------------------------------------------------------------------------
 
 
 def encode(prompt):
-    """Return the token ids of a prompt, (1, T). ValueError if the tokenizer has none for it."""
+    """Return the token ids of a prompt (1, T). ValueError if the tokenizer has none for it."""
     return torch.tensor([prompt_ids(tokenizer, prompt, vocab_size)], device=device)
 
 
 def generate_texts(x):
-    """Return num_samples texts that begin with x, (1, T), generated in one batch."""
-    T = x.size(1)
-    rows = model.generate(x.repeat(num_samples, 1), max_new_tokens, **sampling).tolist()
-    return [tokenizer.decode(ids[:T] + [i for i in ids[T:] if i != sampling["stop"]]) for ids in rows]
+    """Return num_samples texts that begin with x (1, T), generated in one batch."""
+    prompt = x[0].tolist()
+    rows = model.generate(x.repeat(num_samples, 1), max_new_tokens, **sampling)[:, len(prompt) :].tolist()
+    texts = [tokenizer.decode(prompt + list(until_end(row))) for row in rows]
+    begin = len(tokenizer.decode(prompt))  # `stop` may be in the prompt
+    return [text[:begin] + text[begin:].partition(stop)[0] for text in texts] if stop else texts
 
 
-def stream_text(x, length, options):
-    """Yield the text of each of up to `length` tokens that continue x, (1, T)."""
-    ids = map(int, model.stream(x, length, **options))
-    yield from tokenizer.decode_stream(i for i in ids if i != options["stop"])
+def until_end(ids):
+    """Return an iterator over the ids before the first end token."""
+    return itertools.takewhile(lambda i: i not in end_ids, ids)
+
+
+def stream_text(x, length, stop, options):
+    """Yield the text that continues x (1, T) in pieces, up to `length` tokens or to the text `stop`."""
+    pieces = tokenizer.decode_stream(until_end(map(int, model.stream(x, length, **options))))
+    text, hold = "", max(0, len(stop) - 1)  # hold back characters that may be the beginning of `stop`
+    for piece in pieces:
+        text += piece
+        if stop and stop in text:
+            break
+        cut = max(0, len(text) - hold)
+        yield text[:cut]
+        text = text[cut:]
+    yield text.partition(stop)[0] if stop else text
 
 
 def show(text, end="\n"):
@@ -147,7 +163,7 @@ def show(text, end="\n"):
 
 
 def print_stream(x):
-    for text in stream_text(x, max_new_tokens, sampling):
+    for text in stream_text(x, max_new_tokens, stop, sampling):
         show(text, end="")
     print()
 
@@ -166,7 +182,7 @@ def export_model(folder):
         gpt.save_adapter(model, folder)
         reader = f"PeftModel, on top of python sample.py --init_from={base} --export=..."
     else:
-        gpt.save_pretrained(model, folder, tokenizer.eot)
+        gpt.save_pretrained(model, folder, tokenizer.eot, tokenizer.vocab_size)
         reader = "AutoModelForCausalLM and AutoTokenizer"
     tokenizer.save_pretrained(folder)
     show(f"wrote {folder} (for {reader})")
@@ -177,7 +193,7 @@ def export_model(folder):
 
 
 def compare_with_base(x):
-    """Print loss and samples that continue x, (1, T), of the base and of the adapter, in two columns."""
+    """Print loss and samples that continue x (1, T), of the base and of the adapter, in two columns."""
     # up to 256 windows spread over the validation split
     with usage_errors():
         data = Dataset(os.path.join("data", dataset))
@@ -214,15 +230,12 @@ def wrap(text, width):
 def stream_to_page(prompt, temperature, top_k, top_p, length, stop):
     """Yield prompt and text so far, and tokens per second."""
     yield prompt, ""  # gradio can cancel only what has yielded, and the first token may take long
-    options = sampling | dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=None)
+    options = sampling | dict(temperature=temperature, top_k=top_k, top_p=top_p)
     text, begin = "", time.perf_counter()
     try:
-        for n, piece in enumerate(stream_text(encode(prompt or start), length, options), 1):
+        for n, piece in enumerate(stream_text(encode(prompt or start), length, stop, options), 1):
             text += piece
-            parts = text.split(stop) if stop else [text]
-            yield prompt + parts[0], f"{min(n, length) / (time.perf_counter() - begin):.1f} tokens/s"
-            if len(parts) > 1:
-                return
+            yield prompt + text, f"{min(n, length) / (time.perf_counter() - begin):.1f} tokens/s"
     except ValueError as e:
         raise gr.Error(str(e), print_exception=False) from None
 

@@ -239,7 +239,7 @@ dataset_tokenizer = data.tokenizer or assumed_tokenizer(data.vocab_size)
 model_tokenizer = checkpoint.get("tokenizer") if checkpoint else None
 with usage_errors():
     if init_from != "scratch" and not checkpoint:
-        model_tokenizer = from_hub(init_from)
+        model_tokenizer = from_hub(init_from) or from_hub(gpt.adapter_base(init_from))
     tokenizer_description = model_tokenizer or dataset_tokenizer
     if dataset_tokenizer and not same_tokens(tokenizer_description, dataset_tokenizer):
         fail(
@@ -670,9 +670,11 @@ class Run:
             "tokenizer": tokenizer_description,
             "wandb_id": self.wandb_id,
         }
-        # adapters need their settings, and resuming needs the optimizer
+        # adapters need their settings, exports what was imported, and resuming the optimizer
         if raw_model.lora:
             state["lora"] = raw_model.lora
+        if raw_model.hub:
+            state["hub"] = raw_model.hub
         if name == LATEST:
             state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         if copied:
