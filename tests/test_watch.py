@@ -200,7 +200,6 @@ def test_environment_sets_defaults_and_flags_override(script, train, tiny_run, m
 @pytest.mark.parametrize(
     "flags, doubt",
     [
-        (["--gradient_accumulation_steps=16"], "more than 4 epochs"),
         (["--min_lr=0.1"], "min_lr exceeds learning_rate"),
         (["--lr_decay_iters=30"], "lr_decay_iters exceeds max_iters"),
         (["--min_lr=0.001"], None),
