@@ -778,7 +778,6 @@ if not eval_only:
     print0(f"run {max_iters:,} steps of {tokens_per_iter:,} tokens ({batch}), {epochs:.3g} epochs{warmup}")
     decays = decay_lr and lr_schedule != "constant"
     warnings = {
-        "more than 4 epochs over the training data: expect diminishing returns": epochs > 4,
         "min_lr exceeds learning_rate": decays and min_lr > learning_rate,
         "lr_decay_iters <= warmup_iters: no decay": decays and 0 < lr_decay_iters <= warmup_iters < max_iters,
         "lr_decay_iters exceeds max_iters: min_lr is never reached": decays and 0 < max_iters < lr_decay_iters,
