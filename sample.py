@@ -180,7 +180,8 @@ def export_model(folder):
     source = os.path.dirname(path) if path else init_from
     base = checkpoint.get("lora", {}).get("base", source)
     other = os.path.join(folder, "config.json" if model.lora else "adapter_config.json")
-    if os.path.realpath(folder) in map(os.path.realpath, (source, base)) or os.path.exists(other):
+    sources = map(os.path.realpath, (source, base, gpt.adapter_base(base)))
+    if os.path.realpath(folder) in sources or os.path.exists(other):
         fail(f"{folder} contains another model or adapter: export to another folder")
 
     model.to(torch.float32 if settings["dtype"] == "auto" else getattr(torch, settings["dtype"]))

@@ -112,7 +112,7 @@ def test_weights_of_the_base_model_alone_are_read(tmp_path):
         torch.testing.assert_close(from_pretrained(str(tmp_path))(idx, idx)[0], expected, atol=1e-5, rtol=0)
 
 
-def test_adapter_folder_is_merged_into_its_base(tmp_path):
+def test_adapter_folder_is_merged_into_its_base(script, tmp_path):
     peft = pytest.importorskip("peft")
     base = random_model(CONFIGS["llama"])
     base.save_pretrained(tmp_path / "base")
@@ -124,6 +124,12 @@ def test_adapter_folder_is_merged_into_its_base(tmp_path):
     with torch.no_grad():
         logits = from_pretrained(str(tmp_path / "adapter"))(idx, idx)[0]
         torch.testing.assert_close(logits, theirs(idx).logits, atol=1e-5, rtol=0)
+    # an export does not replace the base
+    byte_tokenizer(tmp_path / "base")
+    flags = [f"--init_from={tmp_path / 'adapter'}", "--device=cpu"]
+    refused = script("sample.py", *flags, f"--export={tmp_path / 'base'}")
+    assert refused.code == 2 and "contains another model" in refused.err
+    assert script("sample.py", *flags, f"--export={tmp_path / 'merged'}").code == 0
     # an adapter for other modules would leave the base as it was
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     weights = {key.replace("q_proj", "other"): weight for key, weight in safetensors.torch.load_file(path).items()}
