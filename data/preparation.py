@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from data.documents import PIECE, passages
+from data.documents import fraction
 from data.shards import PREPARING, Dataset, FolderLock, Tokens, read_json, read_meta
 from data.tokenizer import from_description, from_name
 
@@ -38,13 +38,17 @@ from data.tokenizer import from_description, from_name
 OPTIONS = {  # name: (default, help)
     "inputs": ([], "files, folders and 'patterns*' to read; -: standard input"),
     "input": ("", "file, folder or 'pattern*' to read instead of the download"),
+    "val": ("", "file, folder or 'pattern*' for validation; the other input is for training"),
     "name": ("text", "folder in data/ to write to"),
     "tokenizer": ("gpt2", "char, bpe:8192, gpt2, x.json, x.model, dataset, model or Hub name [env: TOKENIZER]"),
-    "column": ("text", "column of jsonl, csv, tsv and parquet files that contains the text"),
-    "format": ("", "txt, jsonl, csv, tsv or parquet, for files with other endings"),
-    "val_share": (0.1, "share of the documents for validation, chosen by a hash of their text"),
+    "column": (
+        "text",
+        "column of jsonl, json, csv, tsv and parquet files that contains the text, such as text or meta.text",
+    ),
+    "format": ("", "txt, jsonl, json, csv, tsv or parquet, for files with other endings"),
+    "val_share": (0.1, "share for validation: of the documents, by a hash of their text, and of each long one its end"),
     "num_samples": (0, "documents to read; 0: all"),
-    "max_bad": (0.01, "largest share of unreadable rows or bytes; they are left out and counted"),
+    "max_bad": (0.01, "largest share of unreadable rows, which are left out, and bytes, which are replaced"),
     "shard_tokens": (0, "tokens per file, train_000000.bin and so on; 0: a single train.bin"),
     "workers": (0, "threads; 0: one per core"),
     "force": (False, "overwrite the dataset in the folder"),
@@ -118,7 +122,7 @@ class State:
     listing: str = ""  # hash of the list of input files, which can change on the Hub
     tokenizer: dict | None = None  # its description
     part: int = 0  # read on in this part of the corpus,
-    piece: int = 0  # after this many of its pieces,
+    pieces: int = 0  # after this many of its pieces,
     counts: dict = dataclasses.field(default_factory=dict)  # from these counts at the beginning of the part
     documents: dict = dataclasses.field(default_factory=lambda: {"train": 0, "val": 0})  # number written
     tokens: dict = dataclasses.field(default_factory=lambda: {"train": 0, "val": 0})  # number written
@@ -153,7 +157,7 @@ def write_dataset(folder, corpus, args, source):
             state.meta = encode(folder, corpus, args, state) | {"source": source, "recipe": state.recipe}
             for name, n in state.meta["left_out"].items():
                 hint = f" (first: {corpus.first_bad})" if name == "bad rows" else ""
-                print(f"left out: {n:,} {name}{hint}")
+                print(f"{'left out' if 'rows' in name else 'not text'}: {n:,} {name}{hint}")
         finish(folder, state)
 
 
@@ -241,27 +245,16 @@ def sha256_of(path):
 BATCH = 1 << 18  # characters that a thread tokenizes at once
 
 
-def fraction(text, i):
-    """Return the i-th of two numbers from 0 to 1 that depend only on the text. Example: "abc", 0 -> 0.1701"""
-    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
-    return int.from_bytes(digest[8 * i : 8 * i + 8], "little") / 2**64
-
-
-def split_of(text, val_share):
-    """Choose the split of a text. Example: "abc", 0.1 -> "train" """
-    return "val" if fraction(text, 0) < val_share else "train"
-
-
-def read_after(corpus, state, limit):
+def read_after(corpus, state, limit, encode):
     """Yield (piece, position) after `state`, until there are `limit` documents.
 
-    position: part, piece and counts of the state that goes on after this piece
+    position: part, pieces and counts of the state that goes on after this piece
     """
     corpus.bytes_read, corpus.counts = 0, collections.Counter(state.counts)
-    documents, done = sum(state.documents.values()), state.piece
+    documents, done = sum(state.documents.values()), state.pieces
     for part in range(state.part, len(corpus.parts)):
         counts = dict(corpus.counts)
-        for n, piece in enumerate(corpus.pieces(part), 1):
+        for n, piece in enumerate(corpus.pieces(part, encode), 1):
             if n > done:
                 yield piece, (part, n, counts)
                 documents += piece.ends
@@ -270,27 +263,28 @@ def read_after(corpus, state, limit):
         done = 0
 
 
-def read(corpus, args, state, title):
-    """Yield (piece, split, position) after `state`, as the args say, and show a progress bar."""
+def read(corpus, args, state, title, encode=None):
+    """Yield (piece, position) after `state`, as the args say, and show a progress bar."""
     unit = {"total": corpus.size(state.part), "unit": "B"}
     if args.num_samples:
         unit = {"total": args.num_samples, "initial": sum(state.documents.values()), "unit": " documents"}
     interval = 0.2 if sys.stderr.isatty() else 60  # seconds
     with tqdm(desc=title, unit_scale=True, mininterval=interval, **unit) as bar:
-        for piece, position in read_after(corpus, state, args.num_samples or math.inf):
-            yield piece, piece.split or split_of(piece.text, args.val_share), position
+        for piece, position in read_after(corpus, state, args.num_samples or math.inf, encode):
+            yield piece, position
             bar.update(piece.ends if args.num_samples else corpus.bytes_read - bar.n)
             corpus.check(final=False)
     corpus.check(final=True)
 
 
 def batches(pieces):
-    """Group what read() yields into (position, [(piece, split, whether an end of text follows)])."""
+    """Group what read() yields into (position, [(piece, splits in which an end of text follows)])."""
     batch, size = [], 0
-    for (piece, split, position), following in itertools.pairwise(itertools.chain(pieces, [None])):
-        # a document that goes on in the other split ends in this one
-        leaves = following is not None and piece.split is None and following[1] != split
-        batch.append((piece, split, piece.ends or leaves))
+    for (piece, position), following in itertools.pairwise(itertools.chain(pieces, [None])):
+        ends = [piece.split] if piece.ends else []
+        if piece.ends and piece.cut and following:  # the part for training ends too, if anything follows it
+            ends.append("train")
+        batch.append((piece, ends))
         size += len(piece.text)
         if size >= BATCH or following is None:
             yield position, batch
@@ -301,10 +295,13 @@ def encode_batch(tokenizer, item):
     """Return {split: ids (n,)} of what batches() yields."""
     _, batch = item
     end = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
+    encoded = tokenizer.encode_documents([piece.before + piece.text for piece, _ in batch])
+    contexts = iter(tokenizer.encode_documents([piece.before for piece, _ in batch if piece.before]))
     parts = {}
-    encoded = tokenizer.encode_documents([piece.text for piece, _, _ in batch])
-    for (_, split, ends), ids in zip(batch, encoded, strict=True):
-        parts.setdefault(split, []).extend([ids, end] if ends else [ids])
+    for (piece, ends), ids in zip(batch, encoded, strict=True):
+        parts.setdefault(piece.split, []).append(ids[len(next(contexts)) :] if piece.before else ids)
+        for split in ends:
+            parts.setdefault(split, []).append(end)
     return {split: np.concatenate(ids) for split, ids in parts.items()}
 
 
@@ -325,7 +322,8 @@ def in_order(function, items, workers):
 # from batches to token files, with a tokenizer that may be learned from the text
 
 SAVE_EVERY = 3  # seconds
-LEFT_OUT = ("bad rows", "undecodable bytes")
+LEFT_OUT = ("bad rows", "bytes of bad rows", "undecodable bytes", "NUL bytes")
+WORD = 1 << 12  # characters of a word that a vocabulary is learned from; learning from a million takes forever
 
 
 def load_tokenizer(name, texts=None):
@@ -339,11 +337,10 @@ def sample_texts(corpus, args, size):
     """Yield texts to make a tokenizer from: about `size` characters for training, or all documents for None."""
     share = 1 if size is None or args.num_samples else size / max(1, corpus.size())
     characters = 0
-    for piece, split, _ in read(corpus, args, State({}), f"reading for {args.tokenizer}"):
-        if size is None or split == "train" and fraction(piece.text, 1) < share:
+    for piece, _ in read(corpus, args, State({}), f"reading for {args.tokenizer}"):
+        if size is None or piece.split == "train" and fraction(piece.text, 1) < share:
             characters += len(piece.text)
-            # a word of a million letters takes forever to learn from
-            yield from (text for text, _ in passages(piece.text, PIECE))
+            yield from re.findall(rf"(?s).{{,{WORD - 1}}}\S(?=\s\S)|.{{1,{WORD}}}", piece.text)  # cut before spaces
         if size is not None and characters > size:  # compressed files have more characters than bytes
             break
 
@@ -371,10 +368,23 @@ def encode(folder, corpus, args, state):
     if sum(state.tokens.values()) < 2:
         raise ValueError("the input contains no text")
     if 0 in state.tokens.values():
-        print("too few documents to split; using the last 10 % of the tokens for validation")
-        files.split_last_tenth()
+        if not corpus.by_share:
+            raise ValueError(f"the input for {min(state.tokens, key=state.tokens.get)} contains no text")
+        share = max(args.val_share, 0.1)
+        print(f"too few documents to split; using the last {share:.0%} of the tokens for validation")
+        files.split_last(share)
         state.documents = {}
     files.sync()
+    share = state.tokens["val"] / sum(state.tokens.values())
+    if (
+        corpus.by_share
+        and state.documents
+        and abs(share - args.val_share) > min(args.val_share, 1 - args.val_share) / 2
+    ):
+        unequal = "documents are few or differ much in length"
+        print(
+            f"WARNING: {share:.1%} of the tokens are val, not --val_share={args.val_share}: {unequal}", file=sys.stderr
+        )
 
     # describe them
     return {
@@ -393,14 +403,14 @@ def write_documents(corpus, args, state, tokenizer, files):
     tokenize = functools.partial(encode_batch, tokenizer)
     state.save(files.folder)
     saved = time.monotonic()
-    with contextlib.closing(read(corpus, args, state, "preparing")) as pieces:
+    with contextlib.closing(read(corpus, args, state, "preparing", tokenizer.encode_documents)) as pieces:
         for item, ids in in_order(tokenize, batches(pieces), args.workers or cores):
             for split in ids:
                 files.write(split, ids[split])
             position, batch = item
-            state.part, state.piece, state.counts = position
-            for piece, split, _ in batch:
-                state.documents[split] += piece.ends
+            state.part, state.pieces, state.counts = position
+            for piece, _ in batch:
+                state.documents["train" if piece.cut else piece.split] += piece.ends
             if time.monotonic() - saved > SAVE_EVERY:
                 files.sync()
                 state.save(files.folder)
@@ -461,15 +471,15 @@ class TokenFiles:
                 os.fsync(f.fileno())
         self.unsynced.clear()
 
-    def split_last_tenth(self):
-        """Move the last 10 % of the tokens to val, if only one split has any. After a kill, recover() may fail."""
+    def split_last(self, share):
+        """Move the last share of the tokens to val, if only one split has any. After a kill, recover() may fail."""
         self.sync()
         for name in self.sizes():
             os.replace(self.path(name), self.path(name.replace("val", "train")))
         n = sum(self.tokens.values())
         self.tokens.update(train=n, val=0)
         train = Tokens({self.path(name): (self.dtype, 0, size) for name, size in self.sizes().items()})
-        start = max(1, n * 9 // 10)
+        start = max(1, min(n * 9 // 10, int(n * (1 - share))))
         for i in range(start, n, 1 << 20):
             self.write("val", train.read(i, min(1 << 20, n - i)))
         self.tokens["train"] = start

@@ -19,8 +19,8 @@ import pytest
 from conftest import ROOT, TEXT, options
 
 from data import documents, preparation
-from data.documents import Files, Piece, Texts, extension, passages
-from data.preparation import TokenFiles, fraction, split_of, write_dataset
+from data.documents import Files, Piece, Texts, extension, fraction, split_of
+from data.preparation import TokenFiles, write_dataset
 from data.shards import Dataset, FolderLock
 from data.tokenizer import CharTokenizer, from_description, from_name
 
