@@ -16,6 +16,8 @@ bound of generation is the measured memory bandwidth: a step reads every weight 
 train on the same batches; the loss is the mean over the last tenth of the steps.
 """
 
+import configurator  # isort: skip  # first: it prepares the import of torch
+
 import dataclasses
 import functools
 import math
@@ -34,7 +36,6 @@ from json import dump
 import numpy as np
 import torch
 
-import configurator
 import model as gpt
 from configurator import configure, fail, pick_device, usage_errors
 from data.shards import Dataset, eval_windows, load_batch, train_windows
@@ -102,7 +103,7 @@ def open_splits():
 
 if __name__ == "__main__":  # not in worker processes: they get the resulting settings
     configurator.check_minimum(config, 1, "batch_size", "block_size")
-    configurator.check_minimum(config, 0, "steps", "decode_tokens", "lora_rank")
+    configurator.check_minimum(config, 0, "steps", "decode_tokens", "lora_rank", "learning_rate", "seed")
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", decode_batch):
         fail(f"--decode_batch must be numbers such as 1,10, got {decode_batch}")
     if transformers and decode_tokens > block_size:

@@ -19,14 +19,27 @@ import glob
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
 import time
 import tokenize
 
-import torch
-import torch.distributed as dist
+# OpenMP threads that wait spin only briefly, so that a step next to a busy process is not 10 to 50 times slower
+if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    os.environ["GOMP_SPINCOUNT"] = "5000"  # of libgomp; fewer slow small models down on idle CPUs
+
+# Ctrl-C while torch is imported, which takes seconds, ends the script without a traceback
+interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # nohup ignores it
+if interruptible:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+if interruptible:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # -----------------------------------------------------------------------------
 # errors
@@ -63,10 +76,13 @@ def report_error(kind, error, trace):
         sys.exit(130)
     if issubclass(kind, OSError) and error.errno == errno.ENOSPC:
         fail(error)
-    if issubclass(kind, MemoryError) or re.search("out of memory|allocate", first_line(error)):
+    if issubclass(kind, MemoryError) or re.search("out of memory|allocate|Storage size", first_line(error)):
         reason = ". ".join(first_line(error).split(". ")[:2])
         fail(f"out of memory ({reason}): lower --batch_size, --block_size, the model or, in sample.py, --num_samples")
     sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = report_error  # now, because the scripts import more
 
 
 def print0(text, progress=False):
@@ -91,6 +107,11 @@ def exit_quietly_on_closed_pipe():
 # -----------------------------------------------------------------------------
 # settings
 
+# other programs' names of settings
+SYNONYMS = {
+    "lr": "learning_rate", "epochs": "max_iters", "steps": "max_iters", "max_steps": "max_iters", "model": "init_from",
+    "data": "dataset", "prompt": "start sample_prompt", "length": "max_new_tokens block_size",
+}  # fmt: skip
 # environment variables that change defaults
 ENVIRONMENT = {"WANDB_PROJECT": "wandb_project", "SAVE_INTERVAL": "save_interval", "MIXED_PRECISION": "dtype"}
 MIXED_PRECISION = {"true": "auto", "false": "float32", "no": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -102,7 +123,6 @@ def configure(script):
     Returns (settings as a dict, names set explicitly by a config file or a flag). A setting is a global with a
     lower-case name, no leading underscore, and an int, float, bool or str as its value.
     """
-    sys.excepthook = report_error
     repair_streams()
 
     # the defaults, first changed by the environment
@@ -123,6 +143,9 @@ def configure(script):
         settings |= values
         explicit |= values.keys()
     script.update(settings)
+    folder = os.path.normpath(settings.get("dataset", ""))
+    if folder.startswith("data" + os.sep) and not os.path.isdir(os.path.join("data", folder)):
+        fail(f"--dataset is a folder in data/: try {shlex.quote('--dataset=' + folder[5:])}")
 
     # say what differs from the defaults
     changed = [f"{k}={v!r}" for k, v in settings.items() if k in explicit and v != defaults[k]]
@@ -217,7 +240,8 @@ def unknown_setting(key, known):
 
     Example: "n_layers", ["n_layer"] -> "unknown setting n_layers (did you mean n_layer?)"
     """
-    near = difflib.get_close_matches(key, known, n=1)
+    synonyms = [name for name in SYNONYMS.get(key, "").split() if name in known]
+    near = synonyms or difflib.get_close_matches(key, known, n=1)
     return f"unknown setting {key}" + (f" (did you mean {near[0]}?)" if near else " (--help lists all)")
 
 
@@ -243,9 +267,10 @@ def read_config(path, namespace, defaults):
     try:
         with open(path, "rb") as f:
             source = f.read()
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path, glob.glob("config/*.py"), n=1, cutoff=0.3)
-        fail(f"no config file {path}" + (f" (did you mean {near[0]}?)" if near else ""))
+        if path.endswith(".pt"):
+            raise FileNotFoundError
+    except (FileNotFoundError, IsADirectoryError):
+        fail(f"no config file {path}" + config_hint(path, defaults))
     except OSError as e:
         fail(f"cannot read config file {path}: {e.strerror}")
 
@@ -267,6 +292,20 @@ def read_config(path, namespace, defaults):
         if is_variable and near:
             fail(f"{path}: unknown setting {name} (did you mean {near[0]}?); call a helper variable _{name}")
     return {name: convert(name, after.get(name), defaults[name], path) for name in sorted(changed & defaults.keys())}
+
+
+def config_hint(path, defaults):
+    """Return the flag, or the config files, that a wrong path of a config file probably means.
+
+    Example: "out", {"out_dir": ...} -> " (did you mean --out_dir=out?)"
+    """
+    near = glob.glob(os.path.join(glob.escape(path), "*.py"))  # all files of a folder
+    near = sorted(near) or difflib.get_close_matches(path, glob.glob("config/*.py"), n=1, cutoff=0.3)
+    if not path.endswith(".py"):
+        is_run = path.startswith("out") or os.path.exists(os.path.join(path, "ckpt.pt"))
+        flags = {"init_from": path.endswith(".pt"), "dataset": os.path.isdir(f"data/{path}"), "out_dir": is_run}
+        near = [shlex.quote(f"--{name}={path}") for name in flags if flags[name] and name in defaults] or near
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def inherit(settings, given, saved, source):
@@ -531,6 +570,7 @@ def exit_now(code, distributed):
         sys.stdout.flush()
     except OSError:  # a closed pipe: Python would exit with a code of its own
         sys.stdout = None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is saved
     if distributed:
         os._exit(code)
     sys.exit(code)

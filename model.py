@@ -85,7 +85,10 @@ NORMS = {  # LayerNorm is nn.LayerNorm whose weights may have another dtype than
 
 
 def swiglu(x):
-    """Return silu(first half) * second half of the channels (https://arxiv.org/abs/2002.05202)."""
+    """Return silu(first half) * second half of the channels (https://arxiv.org/abs/2002.05202).
+
+    Example: tensor([1.0, 2.0, 10.0, 20.0]) -> tensor([7.31, 35.23])
+    """
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -109,7 +112,10 @@ def rope_cos_sin(pos, config):
 
 
 def apply_rope(x, cos, signed_sin):
-    """Rotate the channel pairs (i, i + D/2) of x, (B, H, T, D): (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    """Rotate the channel pairs (i, i + D/2) of x, (B, H, T, D): (x1 cos - x2 sin, x2 cos + x1 sin).
+
+    Example: channels 1, 2, 3, 4, rotated by 90 degrees -> -3, -4, 1, 2
+    """
     swapped = x.roll(x.size(-1) // 2, dims=-1)  # (x2, x1)
     return torch.addcmul(x * cos.to(x.dtype), swapped, signed_sin.to(x.dtype))
 
@@ -363,16 +369,16 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
     sum to at least p (nucleus sampling, https://arxiv.org/abs/1904.09751). None or 0 turns either off.
     Example: tensor([[0.0, 9.0, 1.0]]), temperature=0 -> tensor([1])
     """
-    # temperature 0, or too small to divide by
-    if temperature < 1e-30:
+    # greedy; a temperature this small cannot be a divisor
+    if temperature < 1e-30 or top_k == 1:
         return logits.argmax(dim=-1)
     # the largest logit becomes 0, so that a low temperature cannot overflow
     logits = logits.float()
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     # crop the logits to the k most likely tokens
     if top_k:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        values, kept = logits.topk(min(top_k, logits.size(-1)))  # exactly k, even if logits are equal
+        logits = torch.full_like(logits, -math.inf).scatter(-1, kept, values)
     # crop them to the nucleus; the most likely token is always in it
     if top_p:
         ordered, order = logits.sort(descending=True)
@@ -592,7 +598,10 @@ def check_config(config):
 
 
 def scale_rope_freqs(freqs, factor, low_freq_factor, high_freq_factor, original_block_size):
-    """Divide the low frequencies by `factor`, as Llama 3.1 does to extend its context."""
+    """Divide the low frequencies by `factor`, as Llama 3.1 does to extend its context.
+
+    Example: tensor([1.0, 1e-2, 1e-4]), 8, 1, 4, 8192 -> tensor([1.0, 1e-2, 1.25e-5])
+    """
     rotations = original_block_size * freqs / (2 * math.pi)  # within the original context
     # 1: a high frequency, which is kept; 0: a low one
     kept = ((rotations - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
@@ -603,6 +612,7 @@ def model_args(config):
     """Return a GPTConfig as keyword arguments, for checkpoints.
 
     Fields that nanoGPT lacks are omitted at their default values, so nanoGPT can load GPT-2-style checkpoints.
+    Example: GPTConfig(norm="rmsnorm") -> {"block_size": 1024, ..., "bias": True, "norm": "rmsnorm"}
     """
     # nanoGPT's GPTConfig takes its seven fields and no others
     values = asdict(config)
@@ -1110,9 +1120,12 @@ def read_checkpoint(path, mmap=False):
     with open(path, "rb") as f:
         try:
             is_zip = zipfile.is_zipfile(f)  # not before PyTorch 1.6
-            corrupt = zipfile.ZipFile(f).testzip() if is_zip else None  # torch.load skips the checksums
+            archive = zipfile.ZipFile(f) if is_zip else None
+            corrupt = archive.testzip() if is_zip else None  # torch.load skips the checksums
             if corrupt:
                 raise ValueError(f"wrong checksum of {corrupt}")
+            if is_zip and any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed, but torch.load would take the compressed bytes for weights")
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
             if not all(isinstance(checkpoint.get(key), dict) for key in ("model", "model_args")):
                 raise ValueError("it has no model")
@@ -1192,6 +1205,7 @@ def flops_per_token(model, T):
     """Return the FLOPs of training on one token of sequences of T tokens (PaLM, https://arxiv.org/abs/2204.02311).
 
     6 per weight of a matrix product, 4 if it is frozen, and 12 * n_layer * n_head * head_dim * T for attention.
+    Example: n_layer=1, n_embd=8, 896 weights, T=4 -> 6 * 896 + 12 * 8 * 4 = 5760
     """
     # products with the weights: 2 FLOPs forward, 4 backward; attention: QK^T and PV
     skipped = {id(p) for p in embedding_weights(model)}

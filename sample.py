@@ -13,6 +13,8 @@ Generate text with a trained GPT.
 Exit codes: 0 done, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
+import configurator  # isort: skip  # first: it prepares the import of torch
+
 import itertools
 import math
 import os
@@ -23,7 +25,6 @@ import time
 
 import torch
 
-import configurator
 import model as gpt
 from configurator import configure, fail, usage_errors
 from data.shards import Dataset, eval_windows, load_batch, read_meta
@@ -93,17 +94,22 @@ with usage_errors():
     checkpoint = checkpoint or {"tokenizer": from_hub(init_from)}
     dataset = dataset or checkpoint.get("config", {}).get("dataset", "")
     description = checkpoint.get("tokenizer") or read_meta(os.path.join("data", dataset)).get("tokenizer")
-    description = description or assumed_tokenizer(vocab_size)
     if not description:
-        fail(f"no tokenizer for a vocabulary of {vocab_size}: set --dataset to a folder that has it")
+        description = assumed_tokenizer(vocab_size)
+        if not description:
+            fail(
+                f"no tokenizer for a vocabulary of {vocab_size}: prepare any text with it, python data/text/prepare.py "
+                "FILE --name=x --tokenizer=..., then set --dataset=x"
+            )
+        print("nothing names the tokenizer: assuming GPT-2's", file=sys.stderr)
     tokenizer = from_description(description)
 
 # prompt and sampling options
 with usage_errors():
     if start == "-":
-        start = sys.stdin.read()
+        start = sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")  # echo ends its text with a newline
     elif start.startswith("FILE:"):
-        with open(start.removeprefix("FILE:"), encoding="utf-8") as f:
+        with open(start.removeprefix("FILE:"), encoding="utf-8-sig") as f:
             start = f.read()
     stop_ids = tokenizer.encode(stop).tolist() if stop else [None]
 if len(stop_ids) != 1:
@@ -157,6 +163,10 @@ def export_model(folder):
         reader = "AutoModelForCausalLM and AutoTokenizer"
     tokenizer.save_pretrained(folder)
     print(f"wrote {folder} (for {reader})")
+    if tokenizer.description["kind"] in ("bpe", "char", "symbols"):
+        print("llama.cpp's converter does not know this tokenizer: it takes those of published models only")
+    if tokenizer.eot is None:
+        print("the tokenizer has no end of text and no padding: trl needs SFTConfig(pad_token=...)")
 
 
 def compare_with_base(x):

@@ -18,6 +18,8 @@ Exit codes: 0 done, 1 the last checkpoint could not be written, 2 wrong usage, n
 129, 130 and 143 stopped by SIGHUP, SIGINT and SIGTERM. torchrun turns all but 0 into 1: out_dir/exit_code has the code.
 """
 
+import configurator  # isort: skip  # first: it prepares the import of torch
+
 import contextlib
 import dataclasses
 import datetime
@@ -25,6 +27,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -34,7 +37,6 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-import configurator
 import model as gpt
 from configurator import StopSignal, any_rank, configure, fail, first_line, print0, sum_over_ranks, usage_errors
 from data.shards import DataError, Dataset, FolderLock, eval_windows, load_batch, train_windows
@@ -98,9 +100,9 @@ grad_clip = 1.0  # maximum gradient norm; 0.0: no clipping
 decay_lr = True  # whether to warm up and decay the learning rate
 lr_schedule = "cosine"  # after the warmup: cosine, linear, constant or wsd (constant, then linear decay)
 warmup_iters = 2000  # how many steps to warm up for
-lr_decay_iters = 600000  # should be ~= max_iters per Chinchilla
+lr_decay_iters = 0  # step at which min_lr is reached, should be ~= max_iters per Chinchilla; 0: max_iters
 min_lr = 6e-5  # minimum learning rate, should be ~= learning_rate/10 per Chinchilla
-wsd_decay_frac = 0.2  # wsd: share of lr_decay_iters spent decaying, at the end
+wsd_decay_frac = 0.2  # wsd: share of the steps until lr_decay_iters spent decaying, at the end
 # system
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16 (with loss scaling)
@@ -168,17 +170,21 @@ if init_from != "scratch":
 
 # resume and eval_only inherit the settings of the checkpoint, except those given now
 inherits = checkpoint is not None and (resuming or eval_only)
+saved_config = dict(checkpoint.get("config", {})) if inherits else {}
+if saved_config.get("lr_decay_iters") == saved_config.get("max_iters"):  # the schedule ends with the run
+    saved_config.pop("lr_decay_iters", None)
 changed = []
 if inherits:
     given = explicit | {"out_dir", "init_from", "device", "backend"}
-    changed = configurator.inherit(config, given, checkpoint.get("config", {}), checkpoint_path)
+    changed = configurator.inherit(config, given, saved_config, checkpoint_path)
     globals().update(config, init_from=init_from)  # init_from stays resolved; config keeps what was given, maybe auto
 
 # check the settings
 configurator.check_minimum(config, 1, "eval_interval", "log_interval", "batch_size", "block_size")
 configurator.check_minimum(config, 1, "gradient_accumulation_steps", "timeout")
 configurator.check_minimum(config, 0, "eval_iters", "save_interval", "sample_interval", "max_iters", "warmup_iters")
-configurator.check_minimum(config, 0, "learning_rate", "weight_decay", "grad_clip", "seed", "lora_rank")
+configurator.check_minimum(config, 0, "learning_rate", "min_lr", "lr_decay_iters", "wsd_decay_frac", "weight_decay")
+configurator.check_minimum(config, 0, "grad_clip", "seed", "lora_rank")
 configurator.check_choice(config, "lr_schedule", "cosine", "linear", "constant", "wsd")
 if lora_rank and init_from == "scratch":
     fail("LoRA needs pretrained weights: set --init_from")
@@ -246,7 +252,8 @@ if batch_size * block_size >= 2**31:
     fail(f"{batch_size} x {block_size} is too many tokens for a micro-batch: lower --batch_size")
 if block_size < longest and not has_rope:
     if resuming:
-        fail(f"this run has block_size {longest}: start a new one, --init_from={out_dir} --block_size={block_size}")
+        source = shlex.quote(f"--init_from={out_dir}")
+        fail(f"this run has block_size {longest}: start a new one, {source} --block_size={block_size}")
     model.crop_block_size(block_size)
 config["block_size"] = block_size
 with usage_errors():
@@ -265,11 +272,14 @@ with usage_errors():
             f"{data.folder} was prepared with another tokenizer than the model's. Export the model's by sample.py "
             "--export=x, then python data/text/prepare.py ... --tokenizer=x"
         )
+    if dataset_tokenizer and "special_tokens" in dataset_tokenizer:  # encode prompts as the documents were
+        tokenizer_description = tokenizer_description | {"special_tokens": dataset_tokenizer["special_tokens"]}
 
 # LoRA: add adapters; their checkpoints name the file of the base model, which must stay where it is
 if lora_rank and not resuming and not eval_only:
     if checkpoint and "lora" in checkpoint:  # merge_lora() above merged it in memory: there is no file to name
-        fail(f"{init_from} is an adapter: merge it first, python sample.py --init_from={init_from} --export=x --merge")
+        source = shlex.quote(f"--init_from={init_from}")
+        fail(f"{init_from} is an adapter: merge it first, python sample.py {source} --export=x --merge")
     if checkpoint and os.path.realpath(out_dir) == os.path.dirname(os.path.realpath(checkpoint_path)):
         fail(f"the adapter needs the checkpoint in {out_dir}: set another --out_dir")
     torch.manual_seed(seed)  # loading may have drawn random numbers
@@ -290,14 +300,26 @@ with usage_errors():
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
 # where the run stands
-iter_num, best_val_loss, wandb_id = 0, 1e9, None
+iter_num, tokens_seen, best_val_loss, wandb_id = 0, 0, 1e9, None
 if inherits:
     iter_num = checkpoint.get("iter_num", 0)
     print0(f"{'resuming from' if resuming else 'evaluating'} {checkpoint_path} at step {iter_num}")
     if changed:
         print0(f"changed since then: {', '.join(changed)}")
+best_restarts = False
 if resuming:
     best_val_loss, wandb_id = float(checkpoint.get("best_val_loss", 1e9)), checkpoint.get("wandb_id")
+    # nanoGPT's checkpoints have no tokens_seen: all steps were of the size in their settings
+    saved = config | saved_config
+    saved_step = saved["gradient_accumulation_steps"] * saved["batch_size"] * saved["block_size"]
+    tokens_seen = checkpoint.get("tokens_seen", iter_num * saved_step)
+    # losses on other validation windows cannot be compared
+    saved_windows = saved["dataset"], saved["block_size"], saved["eval_iters"] * saved["batch_size"]
+    best_restarts = saved_windows != (dataset, block_size, eval_iters * batch_size)
+    best_restarts |= checkpoint.get("val_tokens", len(tokens["val"])) != len(tokens["val"])
+    if best_restarts:
+        best_val_loss = 1e9
+        print0("best val loss restarts: dataset, block_size or number of evaluation windows changed")
     with usage_errors():
         gpt.load_training_state(optimizer, scaler, checkpoint)
     if "optimizer" not in checkpoint:
@@ -345,9 +367,9 @@ if tokenizer and sample_interval and not eval_only:
 # batches, evaluation, learning rate
 
 
-def get_batch(iter_num, micro_step):
-    """Return inputs and targets, (B, T) each: a pure function of seed, step and micro-step."""
-    first = (iter_num * gradient_accumulation_steps + micro_step) * batch_size
+def get_batch(tokens_seen, micro_step):
+    """Return inputs and targets, (B, T) each: a pure function of seed, tokens seen and micro-step."""
+    first = tokens_seen // block_size + micro_step * batch_size
     starts = train_windows(len(tokens["train"]), block_size, seed, first, batch_size)
     return load_batch(tokens["train"], starts, block_size, vocab_size, device)
 
@@ -389,7 +411,7 @@ def estimate_loss():
         losses[f"{split}/loss"] = loss / n_tokens
         if split == "val":
             losses["val/perplexity"] = math.exp(min(loss / n_tokens, 700))  # exp overflows above 709
-            losses["val/bits_per_byte"] = loss / math.log(2) / n_bytes if n_bytes else None
+            losses["val/bits_per_byte"] = loss / math.log(2) / n_bytes if n_bytes > 0 else None
             losses["val/tokens"] = int(n_tokens)
     raw_model.train()
     return losses
@@ -405,14 +427,18 @@ def get_lr(it):
         return learning_rate * (it + 1) / (warmup_iters + 1)
     if lr_schedule == "constant":
         return learning_rate
-    # 2) if it >= lr_decay_iters, return min learning rate
-    if it >= lr_decay_iters:
+    # a warmup beyond the end of the decay leaves no steps for it
+    decay_end = lr_decay_iters or max_iters
+    if decay_end <= warmup_iters:
+        return learning_rate
+    # 2) if it >= decay_end, return min learning rate
+    if it >= decay_end:
         return min_lr
     # 3) in between, decay down to min learning rate
     decay_start = warmup_iters
     if lr_schedule == "wsd":
-        decay_start = max(warmup_iters, lr_decay_iters * (1 - wsd_decay_frac))
-    ratio = max(0.0, (it - decay_start) / max(lr_decay_iters - decay_start, 1))
+        decay_start = max(warmup_iters, decay_end * (1 - wsd_decay_frac))
+    ratio = max(0.0, (it - decay_start) / max(decay_end - decay_start, 1))
     if lr_schedule == "cosine":
         ratio = 0.5 * (1.0 - math.cos(math.pi * ratio))
     return learning_rate + ratio * (min_lr - learning_rate)
@@ -425,8 +451,9 @@ def get_lr(it):
 def train():
     """Train until max_iters, a signal or divergence; returns the exit code."""
     # run, stop_signal, first_iter and tokens_per_iter are created at the end of the file, before this is called
-    global iter_num  # optimizer steps completed
+    global iter_num, tokens_seen  # of the optimizer steps completed
     seconds, timed_steps = 0.0, 0  # since the last log line
+    start = None  # time of the second step: the first one compiles
     stopping = False
     model.train()
     while True:
@@ -452,13 +479,14 @@ def train():
 
         # one optimizer step; the micro-batches are assigned to the ranks round-robin
         t0 = time.perf_counter()
+        start = start or (t0 if iter_num > first_iter else None)
         lr = get_lr(iter_num)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(rank, gradient_accumulation_steps, world_size):
             set_seed(iter_num, micro_step)
-            X, Y = get_batch(iter_num, micro_step)
+            X, Y = get_batch(tokens_seen, micro_step)
             if use_ddp:  # all-reduce in the last micro-step only; FSDP always, whole gradients would not fit
                 model.require_backward_grad_sync = micro_step + world_size >= gradient_accumulation_steps
             with autocast:
@@ -483,6 +511,7 @@ def train():
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=not use_ddp)  # DDP's gradients are views of its buckets
+        tokens_seen += tokens_per_iter
         seconds += time.perf_counter() - t0
         timed_steps += 1
 
@@ -492,7 +521,7 @@ def train():
             seconds, timed_steps = 0.0, 0
             speed = throughput(dt)
             run.log({"loss": loss, "lr": lr, "grad_norm": grad_norm if math.isfinite(grad_norm) else None} | speed)
-            print0(progress_line(loss, lr, grad_norm, dt, speed), progress=True)
+            print0(progress_line(loss, lr, grad_norm, dt, speed, start), progress=True)
         iter_num += 1
 
 
@@ -529,16 +558,21 @@ def throughput(dt):
         peak, _ = gpt.peak_flops(device, ptdtype)
         sequences = gradient_accumulation_steps * batch_size / world_size
         mfu = gpt.estimate_mfu(raw_model, sequences, dt, peak, block_size) if peak else None
-    return {"tokens": (iter_num + 1) * tokens_per_iter, "tokens_per_second": tokens_per_iter / dt, "mfu": mfu}
+    return {"tokens": tokens_seen, "tokens_per_second": tokens_per_iter / dt, "mfu": mfu}
 
 
-def progress_line(loss, lr, grad_norm, dt, speed):
-    """Format a step for the terminal."""
+def progress_line(loss, lr, grad_norm, dt, speed, start):
+    """Format a step for the terminal; the second step began at time `start`."""
     mfu = f"{speed['mfu']:.2%}" if speed["mfu"] else "unknown"
-    eta = datetime.timedelta(seconds=round(min((max_iters - iter_num - 1) * dt, 1e10)))
+    # at the mean speed of the run so far, with its evaluations
+    eta = "unknown"
+    if start:
+        step_seconds = (time.perf_counter() - start) / (iter_num - first_iter)
+        eta = datetime.timedelta(seconds=round(min((max_iters - iter_num - 1) * step_seconds, 1e10)))
     return (
         f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu}, "
-        f"{speed['tokens_per_second']:,.0f} tok/s, eta {eta}, lr {lr:.2e}, norm {grad_norm:.2f}"
+        f"{speed['tokens_per_second']:,.0f} tok/s, step {iter_num + 1:,} of {max_iters:,}, eta {eta}, "
+        f"lr {lr:.2e}, norm {grad_norm:.2f}"
     )
 
 
@@ -576,7 +610,7 @@ class Run:
                 if resuming:
                     self.continue_files()
                 else:
-                    self.move_earlier_run()
+                    self.move_files(LATEST, PREVIOUS, BEST, "metrics.jsonl", "loss.png", "tensorboard")
                 open(self.metrics_path, "a").close()  # fail now if the folder is not writable
             self.open_loggers()
 
@@ -586,6 +620,8 @@ class Run:
         latest = os.path.join(out_dir, LATEST)
         if checkpoint_path != latest and os.path.exists(latest):
             os.replace(latest, latest + ".corrupt")
+        if best_restarts:
+            self.move_files(BEST)
         # rewrite metrics.jsonl atomically
         if os.path.exists(self.metrics_path):
             records = read_metrics(out_dir, before=iter_num)  # this step was saved before its evaluation
@@ -593,12 +629,11 @@ class Run:
                 f.writelines(json.dumps(record) + "\n" for record in records)
             os.replace(self.metrics_path + ".tmp", self.metrics_path)
 
-    def move_earlier_run(self):
-        names = (LATEST, PREVIOUS, BEST, "metrics.jsonl", "loss.png", "tensorboard")
+    def move_files(self, *names):
+        """Move files of an earlier run into the first free previous-N."""
         names = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
         if not names:
             return
-        # into the first free previous-N
         n = 1
         while os.path.exists(os.path.join(out_dir, f"previous-{n}")):
             n += 1
@@ -606,7 +641,7 @@ class Run:
         os.makedirs(folder)
         for name in names:
             os.replace(os.path.join(out_dir, name), os.path.join(folder, name))
-        print0(f"moved the earlier run in {out_dir} to {folder}")
+        print0(f"moved the earlier run's files in {out_dir} to {folder}")
 
     def open_loggers(self):
         try:
@@ -653,6 +688,8 @@ class Run:
             "model": gpt.weights_to_save(raw_model, keep_vars=background),
             "model_args": gpt.model_args(raw_model.config),
             "iter_num": iter_num,
+            "tokens_seen": tokens_seen,
+            "val_tokens": len(tokens["val"]),  # best_val_loss belongs to them
             "best_val_loss": self.best_val_loss,
             "config": config,
             "tokenizer": tokenizer_description,
@@ -738,13 +775,15 @@ class Run:
 # what train() and Run use
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 first_iter = iter_num
+out_flag = shlex.quote(f"--out_dir={out_dir}")
+resume = f"python train.py --init_from=resume {out_flag}"
 run = Run()
 stop_signal = StopSignal()
 
 # report data, model and schedule
 shape, n_params = raw_model.config, gpt.get_num_params(raw_model)
 n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
-epochs = max_iters * tokens_per_iter / len(tokens["train"])
+epochs = (tokens_seen + (max_iters - iter_num) * tokens_per_iter) / len(tokens["train"])
 print0(device_line + (f", {world_size} ranks" if distributed else "") + (", compiled" if compile else ""))
 print0(f"data {data.folder}: {len(tokens['train']):,} training tokens, {len(tokens['val']):,} validation tokens")
 print0(
@@ -759,6 +798,7 @@ if not eval_only:
         "more than 4 epochs over the training data: expect diminishing returns": epochs > 4,
         "min_lr exceeds learning_rate": decays and min_lr > learning_rate,
         "warmup_iters >= max_iters: learning_rate is never reached": decay_lr and 0 < max_iters <= warmup_iters,
+        "lr_decay_iters <= warmup_iters: no decay": decays and 0 < lr_decay_iters <= warmup_iters < max_iters,
         "lr_decay_iters exceeds max_iters: min_lr is never reached": decays and 0 < max_iters < lr_decay_iters,
     }
     for message, applies in warnings.items():
@@ -766,12 +806,19 @@ if not eval_only:
             print0(f"WARNING: {message}")
 if not resuming:
     run.log({"parameters": n_params})
+elif iter_num >= max_iters and not eval_only:
+    print0(f"this run is finished; to train longer: {resume} --max_iters={2 * iter_num}")
 
 try:
     exit_code = train()
-except DataError as e:
-    print(f"error: {e}", file=sys.stderr)
-    exit_code = 2
+except Exception as e:
+    if isinstance(e, DataError):
+        print(f"error: {e}", file=sys.stderr)
+        exit_code = 2
+    elif stop_signal.received:  # Ctrl-C also ends the compiler of torch.compile
+        exit_code = 128 + stop_signal.received
+    else:
+        raise
     if distributed:  # the other ranks wait in a collective: leave, and torchrun stops them
         run.close(exit_code)
         configurator.exit_now(exit_code, distributed)
@@ -780,7 +827,6 @@ except DataError as e:
 run.wait()
 
 # how it ended
-resume = f"python train.py --init_from=resume --out_dir={out_dir}"
 if exit_code != 3 and run.saved_iter < iter_num:
     exit_code = 1
     print0(f"could not save the state of step {iter_num}")
@@ -789,7 +835,7 @@ elif exit_code == 2 and run.saved_iter:
 elif exit_code > 128:
     print0(f"stopped at step {iter_num}" + (f"; to continue: {resume}" if run.saved_iter else ""))
 elif exit_code == 0 and iter_num > 0 and not eval_only:
-    print0(f"done: {iter_num} steps, best val loss {run.best_val_loss:.4f}; python sample.py --out_dir={out_dir}")
+    print0(f"done: {iter_num} steps, best val loss {run.best_val_loss:.4f}; python sample.py {out_flag}")
 run.close(exit_code)
 if distributed:
     dist.barrier()  # a rank that exits while another one saves can bring it down

@@ -20,6 +20,5 @@ lora_alpha = 16
 learning_rate = 1e-3  # about ten times that of full finetuning
 weight_decay = 0.0
 max_iters = 200
-lr_decay_iters = 200
 warmup_iters = 10
 min_lr = 1e-4

@@ -34,7 +34,6 @@ learning_rate = 5e-3
 min_lr = 0.0
 lr_schedule = "linear"
 max_iters = 1560
-lr_decay_iters = 1560
 warmup_iters = 0
 weight_decay = 0.5  # six epochs
 beta2 = 0.99

@@ -12,7 +12,6 @@ block_size = 1024
 gradient_accumulation_steps = 5 * 8
 
 max_iters = 600000  # 295 billion tokens
-lr_decay_iters = 600000
 
 eval_interval = 1000
 eval_iters = 200

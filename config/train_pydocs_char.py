@@ -22,7 +22,6 @@ dropout = 0.0
 learning_rate = 3e-3  # with baby networks can afford to go a bit higher
 min_lr = 1e-4
 max_iters = 1500
-lr_decay_iters = 1500
 warmup_iters = 100
 beta2 = 0.99  # made a bit bigger because number of tokens per step is small
 

@@ -24,7 +24,6 @@ dropout = 0.0
 learning_rate = 1e-3  # with baby networks can afford to go a bit higher
 min_lr = 1e-4
 max_iters = 2000
-lr_decay_iters = 2000
 warmup_iters = 100
 beta2 = 0.99  # made a bit bigger because number of tokens per step is small
 

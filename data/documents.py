@@ -198,14 +198,14 @@ class Files:
     def check(self, final):
         """Raise ValueError if more than max_bad is bad; unless `final`, only once there is enough to judge by."""
         limits = [
-            ("bad rows", "rows", self.first_bad),
-            ("bytes of bad rows", "bytes of rows", self.first_bad),
-            ("undecodable bytes", "characters", "is this text?"),
-            ("NUL bytes", "characters", "is this text? UTF-16 needs a byte-order mark"),
+            ("bad rows", "rows", 10**5, self.first_bad),
+            ("bytes of bad rows", "bytes of rows", 10**8, self.first_bad),
+            ("undecodable bytes", "characters", 10**5, "is this text?"),
+            ("NUL bytes", "characters", 10**5, "is this text? UTF-16 needs a byte-order mark"),
         ]
-        for bad, of, hint in limits:
+        for bad, of, enough, hint in limits:
             n_bad, n = self.counts[bad], self.counts[of]
-            if n_bad > self.max_bad * n and (final or n > 100_000):
+            if n_bad > self.max_bad * n and (final or n > enough):
                 raise ValueError(f"{n_bad:,} {bad} in {n:,} {of} exceed --max_bad={self.max_bad}: {hint}")
 
 
@@ -249,7 +249,8 @@ def read_json(file, column):
         return
     file, number = decode(file), 1
     rest = file.read(PIECE).lstrip()[1:]
-    while rest := rest.lstrip(" \t\r\n,"):
+    while True:
+        rest = rest.lstrip(" \t\r\n,")
         try:
             row, size = json.JSONDecoder().raw_decode(rest)
         except (ValueError, RecursionError):
@@ -257,11 +258,11 @@ def read_json(file, column):
             if block := file.read(max(PIECE, len(rest))):
                 rest += block
                 continue
-            if rest.strip() == "]":
-                return
-            row, size = None, len(rest)
+            if rest.strip() != "]":
+                yield f"row {number}", None, len(rest)
+            return
         yield f"row {number}", row, size
-        rest, number = rest[size:] or file.read(PIECE), number + 1
+        rest, number = rest[size:], number + 1
 
 
 def read_csv(file, column, delimiters=",;\t|"):

@@ -20,6 +20,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import time
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from data.documents import fraction
 from data.shards import PREPARING, Dataset, FolderLock, Tokens, read_json, read_meta
-from data.tokenizer import from_description, from_name
+from data.tokenizer import from_description, from_name, with_special_tokens
 
 # -----------------------------------------------------------------------------
 # the command line of a prepare.py
@@ -41,10 +42,8 @@ OPTIONS = {  # name: (default, help)
     "val": ("", "file, folder or 'pattern*' for validation; the other input is for training"),
     "name": ("text", "folder in data/ to write to"),
     "tokenizer": ("gpt2", "char, bpe:8192, gpt2, x.json, x.model, dataset, model or Hub name [env: TOKENIZER]"),
-    "column": (
-        "text",
-        "column of jsonl, json, csv, tsv and parquet files that contains the text, such as text or meta.text",
-    ),
+    "special_tokens": (False, "recognize special tokens such as <|im_start|> in the documents; default: they are text"),
+    "column": ("text", "column of jsonl, json, csv, tsv and parquet files that contains the text; a.b: nested"),
     "format": ("", "txt, jsonl, json, csv, tsv or parquet, for files with other endings"),
     "val_share": (0.1, "share for validation: of the documents, by a hash of their text, and of each long one its end"),
     "num_samples": (0, "documents to read; 0: all"),
@@ -53,7 +52,7 @@ OPTIONS = {  # name: (default, help)
     "workers": (0, "threads; 0: one per core"),
     "force": (False, "overwrite the dataset in the folder"),
 }
-CORPUS = ("tokenizer", "column", "val_share", "num_samples", "max_bad", "shard_tokens", "workers")
+CORPUS = ("tokenizer", "special_tokens", "column", "val_share", "num_samples", "max_bad", "shard_tokens", "workers")
 
 
 @contextlib.contextmanager
@@ -126,6 +125,7 @@ class State:
     counts: dict = dataclasses.field(default_factory=dict)  # from these counts at the beginning of the part
     documents: dict = dataclasses.field(default_factory=lambda: {"train": 0, "val": 0})  # number written
     tokens: dict = dataclasses.field(default_factory=lambda: {"train": 0, "val": 0})  # number written
+    begins: bool = True  # a document begins with the next piece
     replacing: bool = False  # everything is written, and only has to be renamed
     meta: dict | None = None  # the content of meta.json, if replacing
 
@@ -168,6 +168,8 @@ def make_recipe(corpus, args):
     if os.path.exists(args.tokenizer) and args.tokenizer != "char":  # its content may change
         description = json.dumps(load_tokenizer(args.tokenizer).description)
         recipe["tokenizer"] += f" ({hashlib.sha256(description.encode()).hexdigest()[:8]})"
+    if args.special_tokens:
+        recipe["tokenizer"] += " --special_tokens"
     return recipe
 
 
@@ -206,11 +208,16 @@ def finish(folder, state):
     state.save(folder)
     files = state.meta["files"]
     for name in files:
-        path = os.path.join(folder, name)
+        path = os.path.join(folder, os.path.basename(name))
         if os.path.exists(path + ".tmp"):
             os.replace(path + ".tmp", path)
         print(f"{path}: {files[name]['tokens']:,} tokens")
     remove_others(folder, files)
+    if state.meta["tokenizer"]["kind"] == "char":  # nanoGPT's scripts read the vocabulary from here
+        characters = state.meta["tokenizer"]["characters"]
+        stoi = {c: i for i, c in enumerate(characters)}
+        with open(os.path.join(folder, "meta.pkl"), "wb") as f:
+            pickle.dump({"vocab_size": len(stoi), "itos": dict(enumerate(characters)), "stoi": stoi}, f)
     write_json(os.path.join(folder, "meta.json"), state.meta)
     os.remove(os.path.join(folder, PREPARING))
 
@@ -277,32 +284,35 @@ def read(corpus, args, state, title, encode=None):
     corpus.check(final=True)
 
 
-def batches(pieces):
-    """Group what read() yields into (position, [(piece, splits in which an end of text follows)])."""
+def batches(pieces, begins=True):
+    """Group what read() yields into (position, [(piece, whether a document begins, splits in which it ends)])."""
     batch, size = [], 0
     for (piece, position), following in itertools.pairwise(itertools.chain(pieces, [None])):
         ends = [piece.split] if piece.ends else []
-        if piece.ends and piece.cut and following:  # the part for training ends too, if anything follows it
+        if piece.ends and piece.cut and following:  # its part in train ends too, if anything follows
             ends.append("train")
-        batch.append((piece, ends))
+        batch.append((piece, begins, ends))
+        begins = piece.ends
         size += len(piece.text)
         if size >= BATCH or following is None:
-            yield position, batch
+            yield (*position, begins), batch
             batch, size = [], 0
 
 
 def encode_batch(tokenizer, item):
     """Return {split: ids (n,)} of what batches() yields."""
     _, batch = item
+    begin = [] if tokenizer.special_tokens is None else tokenizer.bos  # an older version went on without it
     end = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
-    encoded = tokenizer.encode_documents([piece.before + piece.text for piece, _ in batch])
-    contexts = iter(tokenizer.encode_documents([piece.before for piece, _ in batch if piece.before]))
+    encoded = tokenizer.encode_documents([piece.before + piece.text for piece, *_ in batch])
+    contexts = iter(tokenizer.encode_documents([piece.before for piece, *_ in batch if piece.before]))
     parts = {}
-    for (piece, ends), ids in zip(batch, encoded, strict=True):
-        parts.setdefault(piece.split, []).append(ids[len(next(contexts)) :] if piece.before else ids)
+    for (piece, begins, ends), ids in zip(batch, encoded, strict=True):
+        ids = ids[len(next(contexts)) :] if piece.before else ids
+        parts.setdefault(piece.split, []).extend([begin if begins else [], ids])
         for split in ends:
             parts.setdefault(split, []).append(end)
-    return {split: np.concatenate(ids) for split, ids in parts.items()}
+    return {split: np.concatenate(ids).astype(np.int64) for split, ids in parts.items()}
 
 
 def in_order(function, items, workers):
@@ -356,8 +366,11 @@ def encode(folder, corpus, args, state):
 
     # load or learn the tokenizer
     if state.tokenizer is None:
-        state.tokenizer = load_tokenizer(args.tokenizer, functools.partial(sample_texts, corpus, args)).description
+        description = load_tokenizer(args.tokenizer, functools.partial(sample_texts, corpus, args)).description
+        state.tokenizer = with_special_tokens(description, args.special_tokens)
     tokenizer = from_description(state.tokenizer)
+    if tokenizer.eot is None and state.tokenizer["kind"] not in ("char", "symbols"):
+        print(f"no end of text in {args.tokenizer}: a newline ends each document")
 
     # write the tokens
     files = TokenFiles(folder, tokenizer.vocab_size, args.shard_tokens, state.tokens)
@@ -404,12 +417,12 @@ def write_documents(corpus, args, state, tokenizer, files):
     state.save(files.folder)
     saved = time.monotonic()
     with contextlib.closing(read(corpus, args, state, "preparing", tokenizer.encode_documents)) as pieces:
-        for item, ids in in_order(tokenize, batches(pieces), args.workers or cores):
+        for item, ids in in_order(tokenize, batches(pieces, state.begins), args.workers or cores):
             for split in ids:
                 files.write(split, ids[split])
             position, batch = item
-            state.part, state.pieces, state.counts = position
-            for piece, _ in batch:
+            state.part, state.pieces, state.counts, state.begins = position
+            for piece, *_ in batch:
                 state.documents["train" if piece.cut else piece.split] += piece.ends
             if time.monotonic() - saved > SAVE_EVERY:
                 files.sync()

@@ -143,11 +143,13 @@ def read_meta(folder):
         meta = {"vocab_size": old["vocab_size"]}
         if not is_valid(meta | {"dtype": "uint16"}):
             raise ValueError("vocab_size is not a positive integer")
-        if "itos" in old:
-            characters = "".join(old["itos"][i] for i in range(old["vocab_size"]))
-            meta["tokenizer"] = {"kind": "char", "characters": characters}
-            if len(set(characters)) != old["vocab_size"]:
-                raise ValueError("itos does not have one character per id")
+        # without a text for each id, the dataset trains all the same
+        with contextlib.suppress(KeyError, IndexError, TypeError):
+            symbols = [old["itos"][i] for i in range(old["vocab_size"])]
+            text = "".join(symbols)
+            is_char = len(text) == len(set(symbols)) == len(symbols)
+            kind, key, value = ("char", "characters", text) if is_char else ("symbols", "symbols", symbols)
+            meta["tokenizer"] = {"kind": kind, key: value}
         return meta
     except Exception as e:  # a corrupt pickle can raise any exception
         raise ValueError(f"cannot read {path} ({e or type(e).__name__}): prepare the dataset again") from None
@@ -166,7 +168,7 @@ def is_valid(meta):
         return False
 
 
-class PlainUnpickler(pickle.Unpickler):
+class PlainUnpickler(pickle._Unpickler):  # in Python: the one in C allocates as much memory as a file asks for
     """Read pickles of numbers, text, lists and dicts. Refuse classes and functions, which could run code."""
 
     def find_class(self, module, name):

@@ -13,6 +13,7 @@ checkpoints, and from_description() makes the same tokenizer again: ids are neve
 
 import base64
 import codecs
+import contextlib
 import json
 import os
 import re
@@ -37,18 +38,23 @@ class Tokenizer:
 
     vocab_size          ids are 0 .. vocab_size - 1
     eot                 the id that ends a document, or None
+    bos                 a list of the ids that begin a document, often empty
+    special             the ids that stand for no text, such as those two
+    special_tokens      whether they are recognized in documents and prompts; None (unknown): in prompts only
     description         a dict for from_description()
     encode(text)        an array of ids; special tokens in the text, such as <|endoftext|>, become their ids
     token_bytes(id)     the bytes of one token; those of U+FFFD if there is none
     hub_files()         {name: content} of the files that AutoTokenizer of transformers loads
     """
 
+    bos, special, special_tokens = [], (), None
+
     def prompt(self, text):
-        """Return the ids of a text to be continued: some models need a special token before it."""
+        """Return the ids of a text to be continued."""
         return self.encode(text)
 
     def encode_documents(self, texts):
-        """Return a list of arrays of ids. Special tokens in the texts are encoded like any other text."""
+        """Return a list of arrays of ids. Special tokens are text, unless special_tokens is set."""
         return [self.encode(text) for text in texts]
 
     def decode(self, ids):
@@ -63,8 +69,15 @@ class Tokenizer:
         yield decoder.decode(b"", final=True)
 
     def byte_lengths(self):
-        """Return the bytes per token, (vocab_size,), which turn a loss per token into bits per byte."""
-        return np.array([len(self.token_bytes(i)) for i in range(self.vocab_size)])
+        """Return the bytes of text per token, (vocab_size,), which turn a loss per token into bits per byte.
+
+        Special tokens have none. Documents have the same sum with every tokenizer that does not change their text: a
+        space that the tokenizer adds before each document is subtracted at its end.
+        """
+        lengths = np.array([0 if i in self.special else len(self.token_bytes(i)) for i in range(self.vocab_size)])
+        if self.eot is not None:
+            lengths[self.eot] = -max(0, lengths[self.encode("a")].sum() - len("a"))
+        return lengths
 
     def save_pretrained(self, folder):
         """Write the files for AutoTokenizer into a folder."""
@@ -81,6 +94,7 @@ class CharTokenizer(Tokenizer):
     """One id per character, in the order given. There is no end-of-text token."""
 
     eot = None
+    pattern = r"[\s\S]"  # what a token is; "." does not match a newline
 
     def __init__(self, characters):
         self.characters = "".join(characters)
@@ -108,9 +122,26 @@ class CharTokenizer(Tokenizer):
         from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
         tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(self.characters)}))
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # "." does not match a newline
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(self.pattern), "isolated")
         tokenizer.decoder = decoders.Fuse()  # without spaces between the tokens
         return fast_tokenizer_files(tokenizer)
+
+
+class SymbolTokenizer(CharTokenizer):
+    """One id per symbol of any length, as in nanoGPT's meta.pkl. Encodes the longest symbol that fits next."""
+
+    def __init__(self, symbols):
+        self.characters, self.vocab_size = symbols, len(symbols)
+        self.description = {"kind": "symbols", "symbols": symbols}
+        self.ids = {symbol: i for i, symbol in enumerate(symbols)}
+        longest_first = sorted(filter(None, symbols), key=len, reverse=True)
+        self.pattern = "|".join([*map(re.escape, longest_first), r"[\s\S]"])
+
+    def encode(self, text):
+        try:
+            return np.array([self.ids[symbol] for symbol in re.findall(self.pattern, text)], dtype=np.int64)
+        except KeyError as e:
+            raise ValueError(f"no token for {e}; the tokenizer knows {' '.join(self.characters)[:100]!r}") from None
 
 
 class TiktokenTokenizer(Tokenizer):
@@ -127,19 +158,25 @@ class TiktokenTokenizer(Tokenizer):
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
         self.description = {"kind": "tiktoken", "name": name}
 
+    @property
+    def special(self):
+        return set(self.encoding._special_tokens.values())
+
     def encode(self, text):
-        return np.array(self.encoding.encode(text, allowed_special={"<|endoftext|>"}, disallowed_special=()))
+        recognized = "all" if self.special_tokens else {"<|endoftext|>"}
+        return np.array(self.encoding.encode(text, allowed_special=recognized, disallowed_special=()))
 
     def encode_documents(self, texts):
-        return [self.encode_plain(text) for text in texts]
+        return [self.encode_document(text) for text in texts]
 
-    def encode_plain(self, text):
-        """Return the ids of a text, without special tokens."""
+    def encode_document(self, text):
+        """Return the ids of a text, in two halves if it is too long to encode."""
         try:
-            return self.encoding.encode_to_numpy(text, disallowed_special=())
+            recognized = "all" if self.special_tokens else set()
+            return self.encoding.encode_to_numpy(text, allowed_special=recognized, disallowed_special=())
         except ValueError:  # its regular expressions cannot match a million spaces
             middle = len(text) // 2
-            return np.concatenate([self.encode_plain(text[:middle]), self.encode_plain(text[middle:])])
+            return np.concatenate([self.encode_document(text[:middle]), self.encode_document(text[middle:])])
 
     def token_bytes(self, i):
         try:
@@ -211,6 +248,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise ValueError(f"not a SentencePiece model: {e}") from None
         self.vocab_size = self.model.vocab_size()
         self.eot = self.model.eos_id() if self.model.eos_id() >= 0 else None
+        self.special = {i for i in range(self.vocab_size) if self.model.is_control(i) or self.model.is_unknown(i)}
         self.description = {"kind": "sentencepiece", "model": model}
 
     def encode(self, text):
@@ -261,15 +299,15 @@ class HubTokenizer(Tokenizer):
 
         self.files = {name: files[name] for name in HUB_FILES if name in files}  # another name could be any path
         self.description = {"kind": "transformers", "files": self.files}
-        try:
+        with library_errors("cannot parse tokenizer.json"):
             self.tokenizer = Tokenizer.from_str(files["tokenizer.json"])
             self.plain = Tokenizer.from_str(files["tokenizer.json"])
             eos = json.loads(files.get("tokenizer_config.json", "{}")).get("eos_token") or ""
             self.eot = self.tokenizer.token_to_id(eos["content"] if isinstance(eos, dict) else eos)
-        except Exception as e:  # the library raises Exception itself
-            raise ValueError(f"cannot parse tokenizer.json: {e}") from None
+            added = self.tokenizer.get_added_tokens_decoder()
         self.vocab_size = max(self.tokenizer.get_vocab().values()) + 1
-        self.added = {i: token.content for i, token in self.tokenizer.get_added_tokens_decoder().items()}
+        self.added = {i: token.content for i, token in added.items()}
+        self.special = {i for i, token in added.items() if token.special} | {self.eot}
         self.byte_level = "ByteLevel" in repr(self.tokenizer.decoder)
 
         # plain takes special tokens as text
@@ -277,18 +315,25 @@ class HubTokenizer(Tokenizer):
         for tokenizer in (self.tokenizer, self.plain):
             tokenizer.no_truncation()
             tokenizer.no_padding()
+        with library_errors("cannot use tokenizer.json"):
+            self.bos = tokens_before(self.tokenizer)
 
     def encode(self, text):
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        with library_errors("the tokenizer cannot encode this text"):
+            return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def prompt(self, text):
-        return np.array(self.tokenizer.encode(text).ids, dtype=np.int64)
+        if self.special_tokens is not False:
+            return np.array([*self.bos, *self.encode(text)], dtype=np.int64)
+        # as in text files, <|endoftext|> ends a document
+        documents = text.split("<|endoftext|>") if self.eot is not None else [text]
+        parts = [[*self.bos, *ids] for ids in self.encode_documents(documents)]
+        return np.array(sum(([self.eot, *part] for part in parts[1:]), parts[0]), dtype=np.int64)
 
     def encode_documents(self, texts):
-        try:
-            encodings = self.plain.encode_batch_fast(texts, add_special_tokens=False)
-        except Exception as e:  # the library raises Exception itself
-            raise ValueError(f"the tokenizer cannot encode this text: {e}") from None
+        tokenizer = self.tokenizer if self.special_tokens else self.plain
+        with library_errors("the tokenizer cannot encode this text"):
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def decode(self, ids):
@@ -304,6 +349,27 @@ class HubTokenizer(Tokenizer):
 
     def hub_files(self):
         return self.files
+
+
+def tokens_before(tokenizer):
+    """Return the ids that a tokenizer of the tokenizers library adds before a text, such as a beginning of text."""
+    try:
+        encoding = tokenizer.encode("a")
+    except Exception:  # it has no token for "a"
+        encoding = tokenizer.encode("")
+    added = [sequence is None for sequence in encoding.sequence_ids] + [False]
+    return encoding.ids[: added.index(False)]
+
+
+@contextlib.contextmanager
+def library_errors(problem):
+    """Raise ValueError for all that the tokenizers library raises: Exception itself, and panics, which are not one."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
+        raise ValueError(f"{problem}: {e}") from None
 
 
 def byte_alphabet():
@@ -373,17 +439,15 @@ def from_file(path):
     try:
         if path.endswith(".model"):
             return SentencePieceTokenizer(base64.b64encode(Path(path).read_bytes()).decode())
-        files = read_hub_files(os.path.dirname(path)) | {"tokenizer.json": Path(path).read_text(encoding="utf-8")}
-        tokenizer = HubTokenizer(files)
+        # a folder with this file, and those next to it that tell what kind it is
+        files = read_files(os.path.dirname(path), (*HUB_FILES, "config.json"))
+        files["tokenizer.json"] = Path(path).read_text(encoding="utf-8")
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                Path(folder, name).write_text(content, encoding="utf-8")
+            return from_folder(folder)
     except ValueError as e:
         raise ValueError(f"{path}: {e}") from None
-    if "tokenizer_config.json" in files:
-        return tokenizer
-
-    # without that file, guess the token that ends a document
-    ends = [token for token in END_TOKENS if token in tokenizer.added.values()]
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": ends[0] if ends else None}
-    return HubTokenizer(files | {"tokenizer_config.json": json.dumps(config)})
 
 
 def from_hub(name):
@@ -391,26 +455,47 @@ def from_hub(name):
     if name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         return GPT2
     from huggingface_hub import snapshot_download
-    from transformers import AutoTokenizer
 
     try:
         older = ("config.json", "vocab.json", "merges.txt", "tokenizer.model")
         folder = name if os.path.isdir(name) else snapshot_download(name, allow_patterns=[*HUB_FILES, *older])
-        files = read_hub_files(folder)
-        if "tokenizer.json" not in files:
-            # convert an older format, without the code that may come with it
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            with tempfile.TemporaryDirectory() as converted:
-                tokenizer.save_pretrained(converted)
-                files = read_hub_files(converted)
-    except Exception:  # the libraries raise many types if there is no tokenizer
+    except Exception:  # the library raises many types
         return None
-    return HubTokenizer(files).description
+    tokenizer = from_folder(folder)
+    return tokenizer and tokenizer.description
 
 
-def read_hub_files(folder):
-    """Return {name: content} of the HUB_FILES that a folder has."""
-    paths = {name: Path(folder, name) for name in HUB_FILES}
+def from_folder(folder):
+    """Return the tokenizer of a transformers folder, or None. Its end of text is written to tokenizer_config.json."""
+    from transformers import AutoTokenizer
+
+    # the library knows all places of the end of text, and older formats; code in the folder does not run
+    files, end = read_files(folder, HUB_FILES), None
+    tokenizer = HubTokenizer(files) if "tokenizer.json" in files else None
+    try:
+        library = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        end = library.eos_token
+        if tokenizer is None:
+            with tempfile.TemporaryDirectory() as converted:
+                library.save_pretrained(converted)
+                files = read_files(converted, HUB_FILES)
+            tokenizer = HubTokenizer(files)
+    except Exception:  # it raises many types, also for a tokenizer.json with a class of its own
+        if tokenizer is None:
+            return None
+
+    # nothing names it: guess by the usual names
+    config = json.loads(files.get("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast"}'))
+    if not end and "eos_token" not in config:
+        end = next((token for token in END_TOKENS if token in tokenizer.added.values()), None)
+    if "tokenizer_config.json" in files and (not end or tokenizer.tokenizer.token_to_id(end) == tokenizer.eot):
+        return tokenizer
+    return HubTokenizer(files | {"tokenizer_config.json": json.dumps(config | {"eos_token": end})})
+
+
+def read_files(folder, names):
+    """Return {name: content} of those files that a folder has."""
+    paths = {name: Path(folder, name) for name in names}
     return {name: path.read_text(encoding="utf-8") for name, path in paths.items() if path.exists()}
 
 
@@ -418,6 +503,7 @@ def from_description(description):
     """Return the tokenizer of a description. Example: {"kind": "char", "characters": "ab"} -> CharTokenizer("ab")"""
     kinds = {
         "char": CharTokenizer,
+        "symbols": SymbolTokenizer,
         "tiktoken": TiktokenTokenizer,
         "bpe": BytePairTokenizer,
         "sentencepiece": SentencePieceTokenizer,
@@ -425,9 +511,12 @@ def from_description(description):
     }
     try:
         arguments = dict(description)
-        return kinds[arguments.pop("kind")](**arguments)
+        special_tokens = arguments.pop("special_tokens", None)
+        tokenizer = kinds[arguments.pop("kind")](**arguments)
     except (KeyError, TypeError):
         raise ValueError(f"unknown tokenizer description: {str(description)[:80]}") from None
+    tokenizer.special_tokens, tokenizer.description = special_tokens, description
+    return tokenizer
 
 
 def assumed_tokenizer(vocab_size):
@@ -436,6 +525,18 @@ def assumed_tokenizer(vocab_size):
     Example: None (unknown) -> GPT2, 50257 -> GPT2, 50304 (rounded up) -> GPT2, 65 -> None
     """
     return GPT2 if vocab_size in (None, 50257, 50304) else None
+
+
+def with_special_tokens(description, recognized):
+    """Return a description that records whether special tokens in documents and prompts are recognized.
+
+    It is not recorded where it makes no difference. Example: GPT2, False -> GPT2
+    """
+    if recognized and description["kind"] not in ("tiktoken", "bpe", "transformers"):
+        raise ValueError(f"--special_tokens: a {description['kind']} tokenizer recognizes none")
+    if recognized or description["kind"] == "transformers":
+        return {"special_tokens": recognized} | description
+    return description
 
 
 def same_tokens(a, b):
@@ -454,6 +555,10 @@ def prompt_ids(tokenizer, text, vocab_size):
 
     Example: CharTokenizer("abc"), "cab", 3 -> [2, 0, 1]
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the prompt is not UTF-8 text: {text[:80]!r}") from None
     ids = tokenizer.prompt(text).tolist()
     if not ids and tokenizer.eot is None:
         raise ValueError("the prompt is empty: it needs at least one character")

@@ -54,6 +54,14 @@ def in_root(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     for variable in ("WANDB_PROJECT", "SAVE_INTERVAL", "MIXED_PRECISION", "TOKENIZER"):
         monkeypatch.delenv(variable, raising=False)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # after eight models in a process it compiles no more
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests start first: at the end one of them would leave the other worker idle."""
+    long = ("compile", "rank", "kill", "fsdp")
+    items.sort(key=lambda item: not any(word in item.name for word in long))
 
 
 @pytest.fixture(scope="session")
@@ -72,11 +80,11 @@ def options(**changed):
 
 @pytest.fixture
 def tiny_run(tiny, tmp_path):
-    """Flags of a training run of a second, and its out_dir."""
+    """Flags of a training run of a second, without samples of text, and its out_dir."""
     flags = dict(
         dataset=tiny, out_dir=tmp_path / "out", n_layer=2, n_head=2, n_embd=16, block_size=16, batch_size=4,
         gradient_accumulation_steps=2, dropout=0.1, max_iters=20, lr_decay_iters=20, warmup_iters=2, learning_rate=1e-2,
-        eval_interval=10, eval_iters=2, device="cpu", dtype="float32", compile=False,
+        eval_interval=10, eval_iters=2, sample_interval=0, device="cpu", dtype="float32", compile=False,
     )  # fmt: skip
     return SimpleNamespace(out=tmp_path / "out", flags=[f"--{k}={v}" for k, v in flags.items()])
 
@@ -143,7 +151,7 @@ def trained(tiny, tmp_path_factory):
     stream = data.split("train")
     torch.manual_seed(0)
     model_args = dict(
-        n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=data.vocab_size, bias=False, dropout=0.0
+        n_layer=2, n_head=2, n_embd=32, n_hidden=32, block_size=32, vocab_size=data.vocab_size, bias=False, dropout=0.0
     )
     model = GPT(GPTConfig(**model_args))
     optimizer = model.configure_optimizers(0.0, 1e-2, (0.9, 0.99), "cpu")

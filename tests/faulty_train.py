@@ -19,7 +19,7 @@ faults = os.environ["FAULTS"].split(",")
 start, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), os.environ["RANK"]
 fault = faults[start] if start < len(faults) else ""
 calls = {True: 0, False: 0}  # of the model: training, evaluating
-forward, save = GPT.forward, torch.save
+forward, save, sleep = GPT.forward, torch.save, time.sleep
 
 
 def die(*_):
@@ -52,5 +52,6 @@ def faulty_save(state, f):
 
 
 GPT.forward, torch.save = faulty_forward, faulty_save
+time.sleep = lambda seconds: sleep(seconds / 10)  # a rank that fails waits for what the others say
 sys.argv[0] = "train.py"
 runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

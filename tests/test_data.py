@@ -42,7 +42,7 @@ def check_byte_pair_encoding(tokenizer):
     pieces = list(tokenizer.decode_stream(ids))
     assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
     assert tokenizer.decode([tokenizer.vocab_size + 9]) == "\ufffd"
-    assert tokenizer.byte_lengths()[ids].sum() == len(text.encode())
+    assert tokenizer.byte_lengths()[ids].sum() == len(text.replace("<|endoftext|>", "").encode())
     assert from_description(tokenizer.description).encode(text).tolist() == ids.tolist()
 
 
@@ -95,6 +95,8 @@ def test_prompt_ids_are_those_that_the_model_knows():
         prompt_ids(tokenizer, "cab", vocab_size=2)
     with pytest.raises(ValueError, match="the prompt is empty"):
         prompt_ids(tokenizer, "", vocab_size=3)
+    with pytest.raises(ValueError, match="the prompt is not UTF-8"):
+        prompt_ids(tokenizer, "\udcff", vocab_size=3)
 
 
 def test_text_for_a_terminal_has_no_control_characters():
@@ -232,14 +234,37 @@ def test_meta_pkl_of_nanogpt_becomes_a_char_tokenizer(tmp_path):
     assert meta["vocab_size"] == 3 and from_description(meta["tokenizer"]).decode([2, 0]) == "ca"
 
 
+def test_meta_pkl_of_words_trains_and_samples_like_nanogpts(tmp_path, script, tiny_run):
+    words = ["the", "cat", "the cat", "\n"]
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 4, "itos": dict(enumerate(words)), "stoi": {}}))
+    for split in ("train", "val"):
+        (np.arange(400) % 4).astype("<u2").tofile(tmp_path / f"{split}.bin")
+    result = script("train.py", *tiny_run.flags, f"--dataset={tmp_path}", "--max_iters=2")
+    assert result.code == 0, result.err
+    flags = [f"--out_dir={tiny_run.out}", "--device=cpu", "--num_samples=1", "--max_new_tokens=9"]
+    result = script("sample.py", *flags, "--start=the cat\ncat")
+    assert result.code == 0 and result.out.startswith("the cat\ncat"), result.err
+    assert not result.out.removesuffix("\n---------------\n").replace("the", "").replace("cat", "").strip(" \n")
+    tokenizer = from_description(read_meta(str(tmp_path))["tokenizer"])
+    assert tokenizer.encode("the cat\nthecat").tolist() == [2, 3, 0, 1]
+    result = script("sample.py", *flags, "--start=dog")
+    assert result.code == 2 and "no token for 'd'" in result.err
+
+
+@pytest.mark.parametrize("itos", [{0: "a"}, {0: 1, 1: 2}, ["a"], 7])
+def test_meta_pkl_without_texts_still_has_a_vocabulary(tmp_path, itos):
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 2, "itos": itos}))
+    assert read_meta(str(tmp_path)) == {"vocab_size": 2}
+
+
 def test_meta_pkl_that_is_corrupt_or_hostile_is_refused(tmp_path):
     class Hostile:
         def __reduce__(self):
             return builtins.open, (str(tmp_path / "it ran"), "w")
 
     hostile = [pickle.dumps({"vocab_size": 3, "itos": Hostile()}), pickle.dumps(Hostile(), 0)]
-    words = {"vocab_size": 2, "itos": {0: "the", 1: "cat"}}
-    corrupt = [b"", b"\x80\x05garbage", *(pickle.dumps(meta) for meta in (words, {"vocab": 3}, {"vocab_size": 0}))]
+    huge = b"\x80\x02I1\nr\xff\xff\xff\x7f."  # memo index 2**31 - 1
+    corrupt = [b"", b"\x80\x05garbage", huge, *(pickle.dumps(meta) for meta in ({"vocab": 3}, {"vocab_size": 0}))]
     for content in hostile + corrupt:
         (tmp_path / "meta.pkl").write_bytes(content)
         with pytest.raises(ValueError, match="cannot read .*meta.pkl"):
@@ -292,12 +317,19 @@ def test_files_with_headers_and_raw_files_are_one_stream(tmp_path):
     val.check(100, 50257)
 
 
-def test_uint32_files_of_llmc_have_llama3s_vocabulary(tmp_path):
+def test_uint32_files_of_llmc_have_llama3s_vocabulary(tmp_path, script, tiny_run, tiny):
     ids = np.arange(128000, 128256)
     for name in ("tiny_train.bin", "tiny_val.bin"):
         write_llmc(tmp_path / name, ids, magic=20240801, version=7, dtype="<u4")
     data = Dataset(str(tmp_path))
     assert data.split("train").read(0, 256).tolist() == ids.tolist() and data.vocab_size == 128256
+    # they do not say which tokenizer, and GPT-2's has another size
+    assert script("train.py", *tiny_run.flags, f"--dataset={tmp_path}", "--max_iters=1").code == 0
+    sample = [f"--out_dir={tiny_run.out}", "--device=cpu", "--num_samples=1", "--max_new_tokens=1"]
+    for flags in ([], [f"--export={tmp_path / 'export'}"]):
+        result = script("sample.py", *sample, *flags)
+        assert result.code == 2 and "no tokenizer for a vocabulary of 128256" in result.err
+    assert script("sample.py", *sample, f"--dataset={tiny}", "--start=C").out.startswith("C")
 
 
 WORDS = np.random.default_rng(0).integers(256, 50257, 4000)

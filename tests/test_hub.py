@@ -219,7 +219,8 @@ def check_round_trip(tokenizer, text, folder):
     assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text
     ours = from_description(json.loads(json.dumps(from_hub(str(folder / "a")))))
     assert ours.encode(text).tolist() == ids and ours.decode(ids) == "".join(ours.decode_stream(ids)) == text
-    assert ours.byte_lengths()[ids].sum() == len(text.encode()) and ours.eot == tokenizer.eot
+    assert ours.byte_lengths()[ids].sum() == len(text.replace("<|endoftext|>", "").encode())
+    assert ours.eot == tokenizer.eot
     assert same_tokens(ours.description, tokenizer.description)
     ours.save_pretrained(str(folder / "b"))  # what came from files goes back to the same files
     assert {p.name: p.read_bytes() for p in (folder / "a").iterdir()} == {
@@ -279,6 +280,64 @@ def byte_tokenizer(folder):
     return fast
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(normalizer=dict(type="Precompiled", precompiled_charsmap="/////wAA")),  # at loading
+        dict(pre_tokenizer=dict(type="FixedLength", length=0)),  # at encoding
+    ],
+)
+def test_tokenizer_that_panics_gives_one_line(script, tmp_path, changes):
+    random_model(CONFIGS["llama"]).save_pretrained(tmp_path)
+    byte_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    result = script("sample.py", f"--init_from={tmp_path}", "--device=cpu")
+    assert result.code == 2 and result.err.count("error: cannot ") == 1 and "Traceback" not in result.err
+
+
+def test_documents_and_prompts_have_the_same_special_tokens(tmp_path):
+    from data.documents import Piece, Texts
+    from data.preparation import write_dataset
+    from data.shards import Dataset
+
+    fast = byte_tokenizer(tmp_path / "in")
+    texts = ["a </s> b", "c", "long " * 9]
+    cut = [Piece(text, True, split) for split in ("train", "val") for text in texts[:2]]
+    cut += [Piece("long " * 4, False, "train"), Piece("long " * 5, True, "train")]
+    for recognized in (False, True):
+        settings = options(tokenizer=str(tmp_path / "in"), special_tokens=recognized)
+        write_dataset(str(tmp_path / f"{recognized}"), Texts(cut), settings, "a test")
+        data = Dataset(str(tmp_path / f"{recognized}"))
+        expected = [[*fast(text, split_special_tokens=not recognized)["input_ids"], 1] for text in texts]
+        train = data.split("train")
+        assert train.read(0, len(train)).tolist() == sum(expected, [])
+        tokenizer = from_description(data.tokenizer)
+        assert [[*tokenizer.prompt(text).tolist(), 1] for text in texts] == expected
+        assert tokenizer.byte_lengths()[expected[1]].sum() == 1
+    # a description without the record: as before
+    assert from_name(str(tmp_path / "in")).prompt("a</s>").tolist() == fast("a</s>")["input_ids"]
+    with pytest.raises(ValueError, match="--special_tokens: a char tokenizer"):
+        write_dataset(str(tmp_path / "x"), Texts(cut), options(tokenizer="char", special_tokens=True), "a test")
+
+
+ADDED = {"content": "<|endoftext|>", "__type": "AddedToken"}
+
+
+@pytest.mark.parametrize("config", [{"model_max_length": 1024}, {"eos_token": ADDED}, None])
+@pytest.mark.parametrize("model", [{"model_type": "gpt2"}, None])
+def test_end_of_text_is_found_where_transformers_finds_it(tmp_path, config, model):
+    from_name("bpe:300", lambda n: [TEXT]).save_pretrained(str(tmp_path))
+    for name, content in (("tokenizer_config.json", config), ("config.json", model)):
+        (tmp_path / name).unlink(missing_ok=True)
+        if content:
+            (tmp_path / name).write_text(json.dumps(content))
+    theirs = AutoTokenizer.from_pretrained(tmp_path).eos_token_id or 299  # else by its usual name
+    assert theirs == from_name(str(tmp_path)).eot == from_name(str(tmp_path / "tokenizer.json")).eot == 299
+    from_name(str(tmp_path)).save_pretrained(str(tmp_path / "out"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == 299
+
+
 def test_transformers_folder_is_finetuned_and_exported(script, tiny_run, tiny, tmp_path, monkeypatch):
     theirs = random_model(LlamaConfig(**{**LLAMA, "vocab_size": 300}))
     theirs.save_pretrained(tmp_path / "in")
@@ -292,7 +351,7 @@ def test_transformers_folder_is_finetuned_and_exported(script, tiny_run, tiny, t
     pieces = [Piece(TEXT * 40, False, "train"), Piece(TEXT * 5, False, "val")]
     write_dataset(str(tmp_path / "data"), Texts(pieces), options(tokenizer=str(tmp_path / "in")), "a test")
     flags = [flag for flag in tiny_run.flags if not flag.startswith(("--n_", "--dataset"))]
-    begin = [*flags, f"--init_from={tmp_path / 'in'}"]
+    begin = [*flags, f"--init_from={tmp_path / 'in'}", "--sample_interval=20"]
     result = script("train.py", *begin, f"--dataset={tmp_path / 'data'}", "--gradient_checkpointing")
     assert result.code == 0, result.err
     assert "bits per byte" in result.out

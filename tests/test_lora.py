@@ -64,7 +64,9 @@ def test_adapter_gradients_follow_the_chain_rule(way):
     if way == "recomputed":
         gpt.enable_gradient_checkpointing(model)
     if way == "compiled":
-        model.compile()
+        # traced and differentiated by the compiler, which then calls PyTorch's kernels: its own take long to build,
+        # and test_compiled_training_gives_the_same_losses has them
+        model.compile(backend="aot_eager")
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         for m in (model, whole):
             m(X, X, return_logits=False)[1].backward()
@@ -101,7 +103,7 @@ def lora_run(train, tiny_run, tmp_path):
     """Flags of a run that adapts a trained one, which lies in tmp_path / "base"; the adapter goes to tiny_run.out."""
     train(tiny_run.flags, f"--out_dir={tmp_path / 'base'}")
     lora = ["--lora_rank=2", "--lora_alpha=4", "--lora_dropout=0.1", "--learning_rate=0.02", "--eval_interval=5"]
-    return [*tiny_run.flags, *lora, f"--init_from={tmp_path / 'base'}"]
+    return [*tiny_run.flags, *lora, "--sample_interval=20", f"--init_from={tmp_path / 'base'}"]
 
 
 def test_resumed_adapter_equals_uninterrupted(train, sample, lora_run, tiny_run, tmp_path):

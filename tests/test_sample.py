@@ -44,8 +44,11 @@ def test_stop_ends_each_sample(sample, flags):
 def test_prompt_from_file_and_stdin(sample, tmp_path, monkeypatch):
     (tmp_path / "prompt.txt").write_text("Call me Ish")
     assert sample(*GREEDY, f"--start=FILE:{tmp_path / 'prompt.txt'}").out == GREEDY_TEXT
-    monkeypatch.setattr("sys.stdin", io.StringIO("Call me Ish"))
-    assert sample(*GREEDY, "--start=-").out == GREEDY_TEXT
+    (tmp_path / "prompt.txt").write_text("Call me Ish", encoding="utf-8-sig")
+    assert sample(*GREEDY, f"--start=FILE:{tmp_path / 'prompt.txt'}").out == GREEDY_TEXT
+    for typed in ("Call me Ish", "Call me Ish\n"):  # as printf and as echo write it
+        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+        assert sample(*GREEDY, "--start=-").out == GREEDY_TEXT
 
 
 def test_interactive_continues_after_a_wrong_prompt(trained, start_process):

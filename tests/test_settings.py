@@ -63,6 +63,7 @@ def test_flags(settings, args, expected):
     [
         (["--n_layers=3"], "unknown setting n_layers (did you mean n_layer?)"),
         (["--whatever=3"], "unknown setting whatever (--help lists all)"),
+        (["--lr=1"], "did you mean learning_rate?"),
         (["--n_layer=three"], "must be an integer such as 12, got 'three'"),
         (["--n_layer=2.5"], "must be an integer such as 12, got 2.5"),
         (["--n_layer=True"], "must be an integer such as 12, got True"),

@@ -39,7 +39,7 @@ def test_metrics_have_everything(train, tiny_run):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_samples_and_plots_do_not_change_training(train, tiny_run, tmp_path, compiled):
     flags = [*tiny_run.flags, f"--compile={compiled}", "--n_layer=1", "--max_iters=6", "--eval_interval=3"]
-    train(flags, "--sample_interval=0")
+    train(flags)
     more = ["--sample_interval=1", "--sample_prompt=Call me", "--loss_plot", "--tensorboard_log"]
     out = train(flags, *more, f"--out_dir={tmp_path / 'watched'}").out
     assert_same_state(read_checkpoint(tiny_run.out / LATEST), read_checkpoint(tmp_path / "watched" / LATEST))
@@ -48,14 +48,14 @@ def test_samples_and_plots_do_not_change_training(train, tiny_run, tmp_path, com
 
 
 def test_sample_equals_sample_py(train, sample, tiny_run):
-    train(tiny_run.flags, "--sample_prompt=Call me")
+    train(tiny_run.flags, "--sample_interval=20", "--sample_prompt=Call me")
     text = [r["sample"] for r in metrics(tiny_run.out) if "sample" in r][-1]
     flags = ("--start=Call me", "--num_samples=1", "--max_new_tokens=100", f"--init_from={tiny_run.out / LATEST}")
     assert sample(*flags).out == f"{text}\n---------------\n"
 
 
 def test_sample_prompt_must_be_encodable(script, tiny_run):
-    result = script("train.py", *tiny_run.flags, "--sample_prompt=日本")
+    result = script("train.py", *tiny_run.flags, "--sample_interval=20", "--sample_prompt=日本")
     assert result.code == 2 and "--sample_prompt: no token for '日' '本'" in result.err
 
 
@@ -140,8 +140,9 @@ def test_wandb_offline_run_is_continued_on_resume(start_process, tiny_run, tmp_p
 def test_tensorboard_has_the_run(train, tiny_run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train(tiny_run.flags, "--tensorboard_log", "--max_iters=10")
-    train(tiny_run.flags, "--tensorboard_log", "--init_from=resume")
+    flags = [*tiny_run.flags, "--tensorboard_log", "--sample_interval=10"]
+    train(flags, "--max_iters=10")
+    train(flags, "--init_from=resume")
     events = EventAccumulator(str(tiny_run.out / "tensorboard"))
     events.Reload()
     for name in ("loss", "lr", "grad_norm", "tokens_per_second", "tokens", "val/loss", "val/bits_per_byte"):

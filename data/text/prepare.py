@@ -7,18 +7,19 @@ Prepare your own text: files, folders with their subfolders, quoted patterns, or
     zcat logs.gz | python data/text/prepare.py - --name=logs
     python train.py config/train_shakespeare_char_cpu.py --dataset=mine
 
-txt and md files contain one document, or several with <|endoftext|> between them. jsonl, csv, tsv and parquet files, and
-json files with one list, contain one document per row, in --column=text (or a.b for nested columns). .gz, .bz2, .xz and
-.zst files are decompressed. Files with other endings are text, unless you set --format. Unreadable rows are left out,
-unreadable bytes replaced, and both are counted. A folder with train-*, validation-* and test-* files, as on the Hugging
-Face Hub, keeps its splits; test is left out.
+txt and md files contain one document, or several with <|endoftext|> between them. jsonl, csv, tsv and parquet files,
+and json files with one list, contain one document per row, in --column=text (a.b for nested columns). .gz, .bz2, .xz
+and .zst files are decompressed. Files with other endings are text, unless you set --format. Unreadable rows are left
+out, unreadable bytes replaced, and both are counted. A folder with train-*, validation-* and test-* files, as on the
+Hugging Face Hub, keeps its splits; test is left out.
 
 --tokenizer is gpt2 or another encoding of tiktoken; char; bpe:N, which learns N tokens from this text (512 to 32768 for
 most purposes); a tokenizer.json; a SentencePiece .model; a dataset folder such as data/mine; a model folder; or a name
 on the Hugging Face Hub. char and bpe:N read the text twice.
 
---val_share=0.1 uses one in ten documents for validation, chosen by a hash of the text, and the last tenth of each document
-of 41,000 characters or more (4,096 / val_share). One short document is cut likewise. --val=FILE uses a file of your own.
+--val_share=0.1 uses one in ten documents for validation, chosen by a hash of the text, and the last tenth of each
+document of 41,000 characters or more (4,096 / val_share). One short document is cut likewise. --val=FILE uses a file
+of your own.
 """
 
 import os
