@@ -234,7 +234,7 @@ class Runner:
         self.scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
     def get_batch(self, i):
-        """Return inputs and targets of training step i, (B, T) each."""
+        """Return inputs and targets of training step i, both (B, T)."""
         if not self.tokens:
             xy = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)
             return xy[:, :-1], xy[:, 1:]

@@ -40,7 +40,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # biases in Linear and LayerNorm layers, as in GPT-2
-    # newer options; the defaults are nanoGPT's
+    # options that nanoGPT lacks; the defaults give its model
     norm: str = "layernorm"  # layernorm, rmsnorm
     position: str = "learned"  # learned, rope
     mlp: str = "gelu"  # gelu, gelu_tanh (OpenAI's GPT-2), swiglu, relu2
@@ -66,19 +66,7 @@ class GPTConfig:
 # 2. norms, activations, rotary embeddings
 
 
-class RMSNorm(nn.Module):
-    """Divide by the root mean square, multiply by a learned gain (https://arxiv.org/abs/1910.07467)."""
-
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)  # the same as F.rms_norm, see section 11
-
-
-NORMS = {  # LayerNorm is nn.LayerNorm whose weights may have another dtype than its input, see section 11
+NORMS = {  # as nn.LayerNorm and nn.RMSNorm (https://arxiv.org/abs/1910.07467), see section 11
     "layernorm": lambda size, config: LayerNorm(size, eps=config.norm_eps, bias=config.bias),
     "rmsnorm": lambda size, config: RMSNorm(size, eps=config.norm_eps),
 }
@@ -102,7 +90,10 @@ ACTIVATIONS = {
 
 
 def rope_cos_sin(pos, config):
-    """Return (cos, cos) and (-sin, sin), (T, D) each, at positions pos, (T,) (https://arxiv.org/abs/2104.09864)."""
+    """Return two tables (T, D) for the positions pos (T,): [cos | cos] and [-sin | sin], concatenated channels.
+
+    https://arxiv.org/abs/2104.09864
+    """
     exponents = torch.arange(0, config.head_dim, 2, device=pos.device).float() / config.head_dim
     freqs = 1.0 / config.rope_theta**exponents  # radians per position, (D/2,)
     if config.rope_scaling:
@@ -112,7 +103,7 @@ def rope_cos_sin(pos, config):
 
 
 def apply_rope(x, cos, signed_sin):
-    """Rotate the channel pairs (i, i + D/2) of x, (B, H, T, D): (x1 cos - x2 sin, x2 cos + x1 sin).
+    """Rotate the channel pairs (i, i + D/2) of x (B, H, T, D): (x1 cos - x2 sin, x2 cos + x1 sin).
 
     Example: channels 1, 2, 3, 4, rotated by 90 degrees -> -3, -4, 1, 2
     """
@@ -125,14 +116,15 @@ def apply_rope(x, cos, signed_sin):
 
 
 def attention(q, k, v, mask=None, dropout=0.0):
-    """Let q, (B, H, T, D), attend to k and v, (B, G, S, D); returns (B, H, T, D).
+    """Return the attention (B, H, T, D) of queries q (B, H, T, D) over keys and values k, v (B, G, S, D).
 
-    mask, (T, S), is True where a query may attend to a key; None: causal attention with S == T.
+    mask (T, S) is True where a query may attend to a key; None: causal attention with S == T.
     """
+    # two special cases with equal results, for speed (section 11); all others are the call at the end
     if q.is_cpu and q.requires_grad and mask is None:
-        return train_attention_on_cpu(q, k, v, dropout)  # equal, with a faster backward pass: section 11
+        return train_attention_on_cpu(q, k, v, dropout)
     if mask is not None and q.size(2) == 1 and torch.compiler.is_compiling():
-        return attend_one_token(q, k, v, mask)  # equal, faster when compiled: section 11
+        return attend_one_token(q, k, v, mask)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=q.size(1) > k.size(1)
     )
@@ -206,7 +198,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.lora = None  # settings of the LoRA adapters, if there are any: see add_lora()
-        # GPT-2's names, so that its checkpoints fit
+        # GPT-2's names, as in nanoGPT, whose checkpoints load here
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -217,7 +209,7 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        # initial values; loading a checkpoint overwrites the weights, and ties them again
+        # initial values; functions that load weights replace them, and call tie_weights() again
         self.tie_weights()
         self.init_weights()
 
@@ -237,13 +229,13 @@ class GPT(nn.Module):
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
 
     def forward(self, idx, targets=None, caches=None, pos=None, return_logits=True):
-        """Return (logits, loss) for token ids idx, (B, T).
+        """Return (logits, loss) for token ids idx (B, T).
 
-        With targets, (B, T): logits (B, T, V), and the mean cross-entropy in nats over the targets that are not -1;
-        return_logits=False saves the memory of the logits and returns None for them (not after quantize()).
-        Without targets: logits of the last position, (B, 1, V), and None.
+        With targets (B, T): logits (B, T, V), and the mean cross-entropy in nats over the targets that are not -1;
+        return_logits=False saves the memory of the logits and returns None for them.
+        Without targets: logits (B, 1, V) of the last position, and None.
         caches: one KVCache per layer, whose `visible` already includes the new tokens.
-        pos: positions of the tokens, (T,); default 0 .. T - 1.
+        pos: positions (T,) of the tokens; default 0 .. T - 1.
         """
         B, T = idx.size()
         if T > self.config.block_size:
@@ -259,8 +251,8 @@ class GPT(nn.Module):
             rope = rope_cos_sin(pos, self.config)
         x = self.transformer.drop(x)
 
-        # S == T: attention() applies the causal mask itself. Else the query at position i sees the keys 0 to i, and not
-        # the empty slots behind them, which compile_generation() makes visible so that shapes do not change
+        # without a cache, or when it is filled from the start, S == T: attention() is causal by itself. When decoding,
+        # the query at position i may attend to keys 0 .. i; compiled decoding keeps S constant, so later keys are empty
         S = caches[0].visible if caches else T
         mask = None if S == T else pos[:, None] >= torch.arange(S, device=idx.device)  # (T, S)
 
@@ -282,14 +274,14 @@ class GPT(nn.Module):
     # 5. generation
 
     def prefill(self, idx, caches):
-        """Fill the caches with idx, (B, T); return the logits of the next token, (B, V)."""
+        """Fill the caches with idx (B, T); return the logits (B, V) of the next token."""
         for cache in caches:
             cache.visible = idx.size(1)
         logits, _ = self(idx, caches=caches)
         return logits[:, -1]
 
     def decode_one_token(self, token, position, caches):
-        """Append token, (B,), to the caches at position; return the logits of the next token, (B, V)."""
+        """Append token (B,) to the caches at position; return the logits (B, V) of the next token."""
         for cache in caches:
             cache.visible = position + 1
         pos = torch.full((1,), position, device=token.device)
@@ -298,14 +290,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, generator=None, slide=1):
-        """Yield up to max_new_tokens tokens, (B,) each, that continue idx, (B, T). Call eval() first.
+        """Yield up to max_new_tokens tokens (B,) that continue idx (B, T). Call eval() first.
 
         Sampling options: see sample_next(). A finished row repeats `stop`; generation ends when all rows are finished.
         When the context is full, its first `slide` tokens are dropped and the caches are filled again: cached keys and
         values depend on the dropped tokens. slide=1 always uses the last block_size tokens, like nanoGPT, but computes
         the whole context for every token; a larger slide does so less often, with a shorter context.
         """
-        # the context may be longer than the model can see
+        # keep the part of the prompt that the model can see
         block_size = self.config.block_size
         if not 1 <= slide <= block_size:
             raise ValueError(f"slide must be between 1 and block_size ({block_size}), got {slide}")
@@ -335,7 +327,7 @@ class GPT(nn.Module):
             context = torch.cat((context, token[:, None]), dim=1)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **sampling):
-        """Return idx, (B, T), followed by the tokens of stream()."""
+        """Return idx (B, T), followed by the tokens of stream()."""
         tokens = self.stream(idx, max_new_tokens, temperature, top_k, **sampling)
         return torch.cat([idx, *(token[:, None] for token in tokens)], dim=1)
 
@@ -353,7 +345,7 @@ class KVCache:
         self.k = self.v = None  # (B, G, size, D); the first keys determine B, G, D, dtype and device
 
     def update(self, k, v, pos):
-        """Store k and v, (B, G, T, D), at positions pos, (T,); return all that are visible."""
+        """Store k and v (B, G, T, D) at positions pos (T,); return all that are visible."""
         if self.k is None:
             self.k = k.new_zeros(*k.shape[:2], self.size, k.size(3))
             self.v = torch.zeros_like(self.k)
@@ -363,7 +355,7 @@ class KVCache:
 
 
 def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Sample one token per row of logits, (B, V); returns token ids, (B,).
+    """Sample one token per row of logits (B, V); returns token ids (B,).
 
     temperature 0: greedy. top_k: keep the k most likely tokens. top_p: keep the fewest tokens whose probabilities
     sum to at least p (nucleus sampling, https://arxiv.org/abs/1904.09751). None or 0 turns either off.
@@ -387,7 +379,7 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
         outside[:, 0] = False
         removed = torch.zeros_like(outside).scatter(-1, order, outside)  # in the order of the vocabulary
         logits = logits.masked_fill(removed, -math.inf)
-    # inverse-CDF sampling: the first token whose CDF exceeds a random number (torch.multinomial would draw V)
+    # inverse-CDF sampling: the first token whose CDF exceeds a random number (torch.multinomial draws V of them)
     cdf = logits.softmax(dim=-1).cumsum(dim=-1)
     drawn = torch.rand(len(cdf), 1, device=cdf.device, generator=generator)
     return torch.searchsorted(cdf, drawn * cdf[:, -1:], right=True).squeeze(-1)
@@ -477,7 +469,7 @@ class Muon(AdamW):
 
 @torch.no_grad()
 def orthogonalize(matrices, dtype=torch.float32):
-    """Set the singular values of matrices, (n, rows, columns), to about 1 (0.7 to 1.2); computes in dtype.
+    """Set the singular values of matrices (n, rows, columns) to about 1 (0.7 to 1.2); computes in dtype.
 
     Five Newton-Schulz iterations: each singular value s becomes 3.4445 s - 4.7750 s^3 + 2.0315 s^5.
     Example: diag(3, 0.5) -> about diag(1, 1)
@@ -1307,11 +1299,13 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
-def rms_norm(x, weight, eps):
-    """Apply F.rms_norm; on CPUs, where PyTorch does not fuse it, with half the memory traffic."""
-    if x.is_cpu and not torch.compiler.is_compiling():
-        return LeanRMSNorm.apply(x.float(), weight.float(), eps).to(x.dtype)
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm; on CPUs, where PyTorch does not fuse it, with half the memory traffic."""
+
+    def forward(self, x):
+        if x.is_cpu and not torch.compiler.is_compiling():
+            return LeanRMSNorm.apply(x.float(), self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class LeanRMSNorm(torch.autograd.Function):
@@ -1362,7 +1356,7 @@ def train_attention_on_cpu(q, k, v, dropout):
 
 
 class ShortAttention(torch.autograd.Function):
-    """Causal attention that stores its probabilities, (B, H, T, T), for the backward pass.
+    """Causal attention that stores its probabilities (B, H, T, T) for the backward pass.
 
     For T <= 256 they are small, and training on CPUs is up to 2x faster than with F.scaled_dot_product_attention.
     """
@@ -1452,7 +1446,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_and_gradient_(logits, targets):
-    """Return the cross-entropies, (N,), of logits, (N, V), with targets, (N, 1).
+    """Return the cross-entropies (N,) of logits (N, V) with targets (N, 1).
 
     In place, the logits become their gradient, softmax - one_hot.
     """

@@ -10,12 +10,13 @@ GPT-2 (124M) on OpenWebText.
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py --fsdp    a model too large for one GPU
     python train.py --plot=out-a,out-b                                    draw the loss curves of runs into loss.png
 
-Ctrl-C or SIGTERM finishes the step, saves and exits; without torchrun a second one exits at once. A resumed run ends
-with the same weights, bit for bit, as an uninterrupted one (on GPUs with --deterministic, on CPUs with the same number
-of threads). class Run, below, lists the files in out_dir.
+Ctrl-C or SIGTERM finishes the step, saves and exits; a second signal exits at once (not under torchrun). A resumed run
+ends with the same weights, bit for bit, as an uninterrupted one (on GPUs with --deterministic, on CPUs with the same
+number of threads). class Run, below, lists the files in out_dir.
 
 Exit codes: 0 done, 1 the last checkpoint could not be written, 2 wrong usage, no memory or corrupt data, 3 diverged,
-129, 130 and 143 stopped by SIGHUP, SIGINT and SIGTERM. torchrun turns all but 0 into 1: out_dir/exit_code has the code.
+129, 130 and 143 stopped by SIGHUP, SIGINT and SIGTERM. torchrun turns all but 0 into 1; out_dir/exit_code then has the
+code, unless an error ended the run.
 """
 
 import configurator  # isort: skip  # first: it prepares the import of torch
@@ -39,6 +40,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 import model as gpt
 from configurator import StopSignal, any_rank, configure, fail, first_line, print0, sum_over_ranks, usage_errors
+from data.metrics import plot_losses, read_metrics
 from data.shards import DataError, Dataset, FolderLock, eval_windows, load_batch, train_windows
 from data.tokenizer import assumed_tokenizer, for_terminal, from_description, from_hub, prompt_ids, same_tokens
 from model import BEST, GPT, LATEST, PREVIOUS, GPTConfig
@@ -48,7 +50,7 @@ from model import BEST, GPT, LATEST, PREVIOUS, GPTConfig
 # I/O
 out_dir = "out"
 eval_interval = 2000  # evaluate every N steps
-eval_iters = 200  # batches per split, always the same; 0: the whole validation split, and as much of train
+eval_iters = 200  # batches per split, the same ones every time; 0: the whole validation split, and as much of train
 eval_only = False  # if True, script exits right after the first eval
 log_interval = 1  # log every N steps
 always_save_checkpoint = True  # save a checkpoint at each eval; False: after a new best val loss, and at the end
@@ -57,7 +59,7 @@ sample_interval = 2000  # generate a sample of text every N steps, and at the en
 sample_prompt = "\n"  # prompt of the samples
 loss_plot = False  # draw the loss curves into out_dir/loss.png at every evaluation (pip install matplotlib)
 plot = ""  # out_dirs of runs, comma-separated: draw their loss curves into loss.png, and exit
-init_from = "scratch"  # scratch, resume, auto (resume or scratch), auto:X (resume or X), a checkpoint, folder, Hub name
+init_from = "scratch"  # scratch, resume, auto (resume or scratch), auto:X (resume or X), a checkpoint, a Hub name
 # logging, in addition to out_dir/metrics.jsonl
 tensorboard_log = False  # also log to TensorBoard: tensorboard --logdir=out_dir (pip install tensorboard)
 wandb_log = False  # also log to Weights & Biases
@@ -74,7 +76,7 @@ n_head = 12
 n_embd = 768
 dropout = 0.0  # for pretraining 0 is good, for finetuning try 0.1+
 bias = False  # do we use bias inside LayerNorm and Linear layers?
-# newer options; the defaults are nanoGPT's, config/modern.py has Llama's
+# options that nanoGPT lacks; the defaults give its model, config/modern.py gives Llama's
 norm = "layernorm"  # layernorm, rmsnorm
 position = "learned"  # learned, rope
 rope_theta = 10000.0  # base of the rotary frequencies
@@ -102,7 +104,7 @@ lr_schedule = "cosine"  # after the warmup: cosine, linear, constant or wsd (con
 warmup_iters = 2000  # how many steps to warm up for
 lr_decay_iters = 0  # step at which min_lr is reached, should be ~= max_iters per Chinchilla; 0: max_iters
 min_lr = 6e-5  # minimum learning rate, should be ~= learning_rate/10 per Chinchilla
-wsd_decay_frac = 0.2  # wsd: share of the steps until lr_decay_iters spent decaying, at the end
+wsd_decay_frac = 0.2  # wsd: fraction of lr_decay_iters spent in the final decay
 # system
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16 (with loss scaling)
@@ -112,42 +114,12 @@ backend = "auto"  # of torch.distributed: auto, nccl, gloo
 fsdp = False  # shard weights, gradients and optimizer state across ranks (FSDP2)
 timeout = 600  # timeout of collectives, in seconds
 seed = 1337  # of the initial weights, the order of the data, and dropout
-deterministic = False  # use deterministic algorithms on GPUs, which are slower; CPUs always do
+deterministic = False  # use deterministic (slower) algorithms on GPUs; CPUs are always deterministic
 # -----------------------------------------------------------------------------
-# overrides the globals above; config: all settings, explicit: names given in config files or flags
+# override the globals above. From here on they are what this process uses, with "auto" resolved; config is what
+# checkpoints store, with the model's own values; explicit has the names given in config files or flags
 config, explicit = configure(globals())
 
-
-def read_metrics(folder, before=math.inf):
-    """Return the records of metrics.jsonl with iter < before; lines that a crash cut off are skipped."""
-    records = []
-    with open(os.path.join(folder, "metrics.jsonl"), encoding="utf-8", errors="replace") as f:
-        for line in f:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                record = json.loads(line)
-                if record["iter"] < before:
-                    records.append(record)
-    return records
-
-
-def plot_losses(folders, path):
-    """Draw the training (pale) and validation losses of runs into one picture."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    for i, folder in enumerate(folders):
-        for key, style in (("loss", dict(alpha=0.4)), ("val/loss", dict(marker=".", label=folder.replace("$", r"\$")))):
-            points = [r for r in read_metrics(folder) if isinstance(r.get(key), float)]
-            axes.plot([r["iter"] for r in points], [r[key] for r in points], color=f"C{i}", **style)
-    axes.set(xlabel="step", ylabel="loss, nats per token")
-    axes.legend()
-    figure.savefig(path + ".tmp", format="png")
-    os.replace(path + ".tmp", path)
-
-
-if (plot or loss_plot) and not importlib.util.find_spec("matplotlib"):
-    fail("--plot and --loss_plot need matplotlib: pip install matplotlib")
 if plot:
     with usage_errors():
         plot_losses(plot.split(","), "loss.png")
@@ -171,13 +143,14 @@ if init_from != "scratch":
 # resume and eval_only inherit the settings of the checkpoint, except those given now
 inherits = checkpoint is not None and (resuming or eval_only)
 saved_config = dict(checkpoint.get("config", {})) if inherits else {}
-if saved_config.get("lr_decay_iters") == saved_config.get("max_iters"):  # the schedule ends with the run
-    saved_config.pop("lr_decay_iters", None)
+# a decay that ended with the saved run ends with this one, too, whose max_iters may differ
+if saved_config.get("lr_decay_iters") == saved_config.get("max_iters"):
+    saved_config.pop("lr_decay_iters", None)  # leaves the default, 0: max_iters
 changed = []
 if inherits:
     given = explicit | {"out_dir", "init_from", "device", "backend"}
     changed = configurator.inherit(config, given, saved_config, checkpoint_path)
-    globals().update(config, init_from=init_from)  # init_from stays resolved; config keeps what was given, maybe auto
+    globals().update(config, init_from=init_from)  # init_from stays resolved, as above
 
 # check the settings
 configurator.check_minimum(config, 1, "eval_interval", "log_interval", "batch_size", "block_size")
@@ -186,6 +159,8 @@ configurator.check_minimum(config, 0, "eval_iters", "save_interval", "sample_int
 configurator.check_minimum(config, 0, "learning_rate", "min_lr", "lr_decay_iters", "wsd_decay_frac", "weight_decay")
 configurator.check_minimum(config, 0, "grad_clip", "seed", "lora_rank")
 configurator.check_choice(config, "lr_schedule", "cosine", "linear", "constant", "wsd")
+if loss_plot and not importlib.util.find_spec("matplotlib"):
+    fail("--loss_plot needs matplotlib: pip install matplotlib")
 if lora_rank and init_from == "scratch":
     fail("LoRA needs pretrained weights: set --init_from")
 if lora_rank and muon:
@@ -228,16 +203,15 @@ with usage_errors():
     else:
         model = gpt.load_model(init_from, checkpoint, dropout=dropout)
 model_fields = dataclasses.asdict(model.config)
-if resuming:
-    lora = model.lora or {"rank": 0}
-    model_fields |= {f"lora_{name}": value for name, value in lora.items()}
-else:
-    gpt.merge_lora(model)  # start from the sum of base and adapter
-# fail if an explicit setting differs; config gets the model's values (the globals n_layer etc. are not used below).
-# dropout may change, and block_size is checked next
+if resuming:  # the adapter's settings, too: model.lora has rank, alpha, dropout and targets
+    model_fields |= {f"lora_{name}": value for name, value in (model.lora or {"rank": 0}).items()}
+else:  # start from the sum of base and adapter
+    gpt.merge_lora(model)
+# write the model's values into config; fail if an explicit setting differs, except dropout, which may change, and
+# block_size, which comes next
 configurator.match_model(config, explicit - {"block_size", "dropout"}, model_fields, init_from)
 
-# context length, if not given; the longest that a model with RoPE supports can be far too long to train on
+# context length: as given, else the model's; with RoPE that can be too long to train on, so that of its training
 longest, has_rope = model.config.block_size, model.config.position == "rope"
 if "block_size" not in explicit:
     if checkpoint is None:  # scratch or a Hub model: at most the default
@@ -252,8 +226,8 @@ if batch_size * block_size >= 2**31:
     fail(f"{batch_size} x {block_size} is too many tokens for a micro-batch: lower --batch_size")
 if block_size < longest and not has_rope:
     if resuming:
-        source = shlex.quote(f"--init_from={out_dir}")
-        fail(f"this run has block_size {longest}: start a new one, {source} --block_size={block_size}")
+        new_run = f"{shlex.quote(f'--init_from={out_dir}')} --block_size={block_size}"
+        fail(f"this run has block_size {longest}: start a new one, {new_run}")
     model.crop_block_size(block_size)
 config["block_size"] = block_size
 with usage_errors():
@@ -275,9 +249,31 @@ with usage_errors():
     if dataset_tokenizer and "special_tokens" in dataset_tokenizer:  # encode prompts as the documents were
         tokenizer_description = tokenizer_description | {"special_tokens": dataset_tokenizer["special_tokens"]}
 
+# bytes per token, for bits per byte, and the prompt of the samples
+vocab_size = model.config.vocab_size
+byte_lengths = torch.zeros(vocab_size, dtype=torch.int64)
+tokenizer, prompt = None, None
+if tokenizer_description:
+    try:
+        tokenizer = from_description(tokenizer_description)
+    except ValueError as e:
+        print(f"rank {rank}: no bits per byte and no samples: {e}", file=sys.stderr)
+if any_rank(tokenizer is None, device):  # a node without network may lack what the others have
+    tokenizer = None
+else:
+    lengths = torch.from_numpy(tokenizer.byte_lengths()[:vocab_size])
+    byte_lengths[: len(lengths)] = lengths
+if tokenizer and sample_interval and not eval_only:
+    try:
+        prompt = torch.tensor([prompt_ids(tokenizer, sample_prompt, vocab_size)], device=device)
+    except ValueError as e:
+        if "sample_prompt" in explicit:
+            fail(f"--sample_prompt: {e}")
+        print0(f"no samples of text: {e}; set --sample_prompt")
+
 # LoRA: add adapters; their checkpoints name the file of the base model, which must stay where it is
 if lora_rank and not resuming and not eval_only:
-    if checkpoint and "lora" in checkpoint:  # merge_lora() above merged it in memory: there is no file to name
+    if checkpoint and "lora" in checkpoint:  # merge_lora() above merged it in memory only
         source = shlex.quote(f"--init_from={init_from}")
         fail(f"{init_from} is an adapter: merge it first, python sample.py {source} --export=x --merge")
     if checkpoint and os.path.realpath(out_dir) == os.path.dirname(os.path.realpath(checkpoint_path)):
@@ -286,30 +282,26 @@ if lora_rank and not resuming and not eval_only:
     with usage_errors():
         gpt.add_lora(model, init_from, lora_rank, lora_alpha, lora_dropout, lora_targets)
 
-# move the weights to the device: a full copy per rank, or a shard (FSDP)
+# move the weights to the device: a full copy per rank, or a shard (FSDP); then the optimizer
 with usage_errors():
     if use_fsdp:
         gpt.shard_model(model, device_type, ptdtype)
     else:
         model.to(device)
-
-# optimizer
-with usage_errors():
     betas = (beta1, beta2)
     optimizer = gpt.configure_optimizers(model, weight_decay, learning_rate, betas, device_type, muon, ptdtype)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
 # where the run stands
-iter_num, tokens_seen, best_val_loss, wandb_id = 0, 0, 1e9, None
-if inherits:
-    iter_num = checkpoint.get("iter_num", 0)
-    print0(f"{'resuming from' if resuming else 'evaluating'} {checkpoint_path} at step {iter_num}")
-    if changed:
-        print0(f"changed since then: {', '.join(changed)}")
-best_restarts = False
+tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
+iter_num = first_iter = checkpoint.get("iter_num", 0) if inherits else 0
+tokens_seen = 0
+best_val_loss, best_restarts = 1e9, False
+wandb_id = None
 if resuming:
-    best_val_loss, wandb_id = float(checkpoint.get("best_val_loss", 1e9)), checkpoint.get("wandb_id")
-    # nanoGPT's checkpoints have no tokens_seen: all steps were of the size in their settings
+    best_val_loss = float(checkpoint.get("best_val_loss", 1e9))
+    wandb_id = checkpoint.get("wandb_id")
+    # nanoGPT's checkpoints have no tokens_seen: iter_num steps of the saved batch size
     saved = config | saved_config
     saved_step = saved["gradient_accumulation_steps"] * saved["batch_size"] * saved["block_size"]
     tokens_seen = checkpoint.get("tokens_seen", iter_num * saved_step)
@@ -319,7 +311,6 @@ if resuming:
     best_restarts |= checkpoint.get("val_tokens", len(tokens["val"])) != len(tokens["val"])
     if best_restarts:
         best_val_loss = 1e9
-        print0("best val loss restarts: dataset, block_size or number of evaluation windows changed")
     with usage_errors():
         gpt.load_training_state(optimizer, scaler, checkpoint)
     if "optimizer" not in checkpoint:
@@ -341,34 +332,12 @@ if use_ddp:
     device_ids = [torch.device(device).index] if device_type == "cuda" else None
     model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
-# bytes per token, for bits per byte, and the prompt of the samples
-vocab_size = raw_model.config.vocab_size
-byte_lengths = torch.zeros(vocab_size, dtype=torch.int64)
-tokenizer, prompt = None, None
-if tokenizer_description:
-    try:
-        tokenizer = from_description(tokenizer_description)
-    except ValueError as e:
-        print(f"rank {rank}: no bits per byte and no samples: {e}", file=sys.stderr)
-if any_rank(tokenizer is None, device):  # a node without network may lack what the others have
-    tokenizer = None
-else:
-    lengths = torch.from_numpy(tokenizer.byte_lengths()[:vocab_size])
-    byte_lengths[: len(lengths)] = lengths
-if tokenizer and sample_interval and not eval_only:
-    try:
-        prompt = torch.tensor([prompt_ids(tokenizer, sample_prompt, vocab_size)], device=device)
-    except ValueError as e:
-        if "sample_prompt" in explicit:
-            fail(f"--sample_prompt: {e}")
-        print0(f"no samples of text: {e}; set --sample_prompt")
-
 # -----------------------------------------------------------------------------
 # batches, evaluation, learning rate
 
 
 def get_batch(tokens_seen, micro_step):
-    """Return inputs and targets, (B, T) each: a pure function of seed, tokens seen and micro-step."""
+    """Return inputs and targets (B, T): a pure function of seed, tokens seen and micro-step."""
     first = tokens_seen // block_size + micro_step * batch_size
     starts = train_windows(len(tokens["train"]), block_size, seed, first, batch_size)
     return load_batch(tokens["train"], starts, block_size, vocab_size, device)
@@ -394,6 +363,7 @@ def eval_batches(split):
         yield load_batch(tokens[split], batch[rank], block_size, vocab_size, device)
 
 
+@torch.no_grad()
 def estimate_loss():
     """Return mean losses in nats per token, perplexity and bits per byte; None if asked to stop."""
     raw_model.eval()
@@ -403,7 +373,7 @@ def estimate_loss():
         for X, Y in eval_batches(split):
             if any_rank(stop_signal.received, device):
                 return None
-            with autocast:
+            with autocast:  # raw_model: DDP has nothing to average here
                 batch_loss, batch_tokens = gpt.sum_losses(raw_model, [(X, Y)])
             loss, n_tokens = loss + batch_loss, n_tokens + batch_tokens
             n_bytes += byte_lengths[Y[Y != -1].cpu()].sum().item()
@@ -419,22 +389,22 @@ def estimate_loss():
 
 def get_lr(it):
     """Return the learning rate of step `it`."""
-    # 0) constant, without warmup
+    # constant, without warmup
     if not decay_lr:
         return learning_rate
-    # 1) linear warmup for warmup_iters steps
+    # linear warmup for warmup_iters steps
     if it < warmup_iters:
         return learning_rate * (it + 1) / (warmup_iters + 1)
     if lr_schedule == "constant":
         return learning_rate
-    # a warmup beyond the end of the decay leaves no steps for it
+    # the warmup leaves no steps for the decay
     decay_end = lr_decay_iters or max_iters
     if decay_end <= warmup_iters:
         return learning_rate
-    # 2) if it >= decay_end, return min learning rate
+    # after the decay, min learning rate
     if it >= decay_end:
         return min_lr
-    # 3) in between, decay down to min learning rate
+    # in between, decay down to min learning rate
     decay_start = warmup_iters
     if lr_schedule == "wsd":
         decay_start = max(warmup_iters, decay_end * (1 - wsd_decay_frac))
@@ -450,8 +420,8 @@ def get_lr(it):
 
 def train():
     """Train until max_iters, a signal or divergence; returns the exit code."""
-    # run, stop_signal, first_iter and tokens_per_iter are created at the end of the file, before this is called
-    global iter_num, tokens_seen  # of the optimizer steps completed
+    # run and stop_signal are created at the end of the file, before this is called
+    global iter_num, tokens_seen  # of the completed steps: their number and their tokens
     seconds, timed_steps = 0.0, 0  # since the last log line
     start = None  # time of the second step: the first one compiles
     stopping = False
@@ -497,10 +467,10 @@ def train():
         scaler.unscale_(optimizer)
         grad_norm = gpt.clip_gradients(raw_model, grad_clip)
         # every rank must see the same loss, and stop at the same step
-        loss, n_signals = sum_over_ranks([loss_sum.item() / world_size, float(stop_signal.received)], device)
-        stopping = n_signals > 0
-        # float16: a norm that is not finite means that the loss scale is too high, so the scaler skips the update and
-        # lowers the scale; once it is below 1, that is no longer a plausible cause
+        loss, n_stopped = sum_over_ranks([loss_sum.item() / world_size, float(stop_signal.received > 0)], device)
+        stopping = n_stopped > 0
+        # in float16 an infinite norm is normal: the loss scale was too high, so the scaler skips this update and halves
+        # the scale. With a scale below 1 it means divergence
         may_overflow = dtype == "float16" and scaler.get_scale() >= 1
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_overflow):
             print0(
@@ -581,7 +551,7 @@ def progress_line(loss, lr, grad_norm, dt, speed, start):
 
 
 class Run:
-    """Decide when to save, evaluate and sample, and write out_dir, on rank 0:
+    """Decide when to save, evaluate and sample. On rank 0, write out_dir:
 
     ckpt.pt           the latest state, to resume from; ckpt_prev.pt is the one before
     ckpt_best.pt      the weights with the lowest validation loss, to sample from
@@ -591,16 +561,17 @@ class Run:
     """
 
     def __init__(self):
-        # what is known of the checkpoints
-        self.writes = is_master and not eval_only
-        self.saved_iter = iter_num  # step of the last checkpoint known to be on disk; 0: none yet
+        # checkpoints; the step that the run starts from counts as saved, so step 0 and eval_only save nothing
+        self.writer = gpt.CheckpointWriter(out_dir)
+        self.saved_iter = iter_num  # step of the last checkpoint on disk
         self.pending_iter = None  # step of the save in progress
         self.best_val_loss = best_val_loss
-        self.wandb_id = wandb_id  # a resumed run continues its charts
-        self.tensorboard = self.wandb = None
-        self.writer = gpt.CheckpointWriter(out_dir)
+        # logs
+        self.writes = is_master and not eval_only
         self.metrics_path = os.path.join(out_dir, "metrics.jsonl")
-        # the folder, and the loggers
+        self.tensorboard = self.wandb = None
+        self.wandb_id = wandb_id  # a resumed run continues its charts
+        # the folder
         if self.writes:
             with usage_errors():
                 os.makedirs(out_dir, exist_ok=True)
@@ -624,7 +595,11 @@ class Run:
             self.move_files(BEST)
         # rewrite metrics.jsonl atomically
         if os.path.exists(self.metrics_path):
-            records = read_metrics(out_dir, before=iter_num)  # this step was saved before its evaluation
+            # without those that will be logged again; if the end of a finished run was off the interval, its evaluation
+            # will not be, now that the run is longer
+            records = read_metrics(out_dir, before=iter_num + 1)
+            repeats = self.should_evaluate(iter_num)
+            records = [r for r in records if r["iter"] < iter_num or not (repeats or "loss" in r)]
             with open(self.metrics_path + ".tmp", "w", encoding="utf-8") as f:
                 f.writelines(json.dumps(record) + "\n" for record in records)
             os.replace(self.metrics_path + ".tmp", self.metrics_path)
@@ -668,28 +643,28 @@ class Run:
 
     def should_save(self, it, stopping):
         # the end is always saved, a step only once
-        is_due = always_save_checkpoint and self.should_evaluate(it) or save_interval and it % save_interval == 0
+        is_due = (always_save_checkpoint and self.should_evaluate(it)) or (save_interval and it % save_interval == 0)
         return (is_due or stopping or it >= max_iters) and it not in (self.saved_iter, self.pending_iter)
 
-    def should_sample(self, it):  # without sample_interval there is no prompt
+    def should_sample(self, it):
+        # prompt is None without a tokenizer, and with sample_interval=0
         return prompt is not None and it > 0 and (it % sample_interval == 0 or it >= max_iters)
 
     def save(self, name):
         """Save ckpt.pt or ckpt_best.pt; returns False if it could not be written.
 
-        From GPUs and with FSDP ckpt.pt is written in the background, from a copy in CPU memory; True means started.
-        Otherwise the write is synchronous: on CPUs it would compete with training, and save_if_best() needs the result.
+        If the state has to be copied to CPU memory anyway (from GPUs, with FSDP), ckpt.pt is written in the background,
+        and True means started. On CPUs that would slow training down. ckpt_best.pt is waited for: see save_if_best().
         """
         # one save at a time
         self.wait()
-        background = use_fsdp or device_type != "cpu"
+        copied = use_fsdp or device_type != "cpu"
         state = {
-            # keep_vars: tied weights stay one object, which copy_to_cpu() copies once; a file needs plain tensors
-            "model": gpt.weights_to_save(raw_model, keep_vars=background),
+            "model": gpt.weights_to_save(raw_model, keep_vars=copied),  # so that copy_to_cpu() copies tied weights once
             "model_args": gpt.model_args(raw_model.config),
             "iter_num": iter_num,
             "tokens_seen": tokens_seen,
-            "val_tokens": len(tokens["val"]),  # best_val_loss belongs to them
+            "val_tokens": len(tokens["val"]),  # best_val_loss was measured on these
             "best_val_loss": self.best_val_loss,
             "config": config,
             "tokenizer": tokenizer_description,
@@ -700,15 +675,14 @@ class Run:
             state["lora"] = raw_model.lora
         if name == LATEST:
             state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        if background:
+        if copied:
             state = gpt.copy_to_cpu(state, is_master)
         if is_master:
-            # saving the same step again must not push out the previous one
-            self.writer.save(state, name, keep_previous=iter_num > self.saved_iter)  # of ckpt.pt
+            # saving the same step again must not replace ckpt_prev.pt by that step
+            self.writer.save(state, name, keep_previous=iter_num > self.saved_iter)
         self.pending_iter = iter_num
-        if name == LATEST and background:
-            return True
-        return self.wait(name)
+        in_background = copied and name == LATEST
+        return True if in_background else self.wait(name)
 
     def wait(self, name=LATEST):
         """Wait for the save in progress; returns whether it succeeded. Training goes on after a full disk."""
@@ -723,17 +697,16 @@ class Run:
         return succeeded
 
     def save_if_best(self, val_loss):
-        """Save ckpt_best.pt if the validation loss is a new best, then ckpt.pt if it does not have this step.
-
-        Step 0 counts, but its weights are not saved: they are those of init_from. ckpt.pt was saved before this
-        evaluation, with the old best_val_loss: at the end it is saved again, elsewhere resuming evaluates again.
-        """
+        """Save ckpt_best.pt and ckpt.pt if the validation loss is a new best."""
         if not val_loss < self.best_val_loss or eval_only:  # NaN is not a new best
             return
-        # a best checkpoint that could not be written does not count
+        # step 0 counts, but is not saved: its weights are those of init_from. A best that could not be written does not
+        # count, so that a later evaluation tries again
         previous, self.best_val_loss = self.best_val_loss, val_loss
         if iter_num > 0 and not self.save(BEST):
-            self.best_val_loss = previous  # a later evaluation tries again
+            self.best_val_loss = previous
+        # if ckpt.pt has this step already, its best_val_loss is the old one. In mid-run that is harmless, because
+        # resuming repeats this evaluation; at the end nothing does
         if iter_num > self.saved_iter or iter_num >= max_iters > 0:
             self.save(LATEST)
 
@@ -759,28 +732,33 @@ class Run:
     def close(self, exit_code):
         if not self.writes:
             return
+        # each of them, even if the one before failed
+        with contextlib.suppress(OSError), open(os.path.join(out_dir, "exit_code"), "w") as f:
+            f.write(f"{exit_code}\n")
         with contextlib.suppress(Exception):
-            with open(os.path.join(out_dir, "exit_code"), "w") as f:
-                f.write(f"{exit_code}\n")
-            self.lock.release()
             if self.tensorboard:
                 self.tensorboard.close()
+        with contextlib.suppress(Exception):
             if self.wandb:
                 self.wandb.finish(exit_code)
+        self.lock.release()
 
 
 # -----------------------------------------------------------------------------
 # start and end
 
-# what train() and Run use
-tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
-first_iter = iter_num
 out_flag = shlex.quote(f"--out_dir={out_dir}")
-resume = f"python train.py --init_from=resume {out_flag}"
+resume = f"{'torchrun ...' if distributed else 'python'} train.py --init_from=resume {out_flag}"
 run = Run()
 stop_signal = StopSignal()
 
-# report data, model and schedule
+# report the checkpoint, data, model and schedule
+if inherits:
+    print0(f"{'resuming from' if resuming else 'evaluating'} {checkpoint_path} at step {iter_num}")
+    if changed:
+        print0(f"changed since then: {', '.join(changed)}")
+if best_restarts:
+    print0("best val loss restarts: dataset, block_size or number of evaluation windows changed")
 shape, n_params = raw_model.config, gpt.get_num_params(raw_model)
 n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 epochs = (tokens_seen + (max_iters - iter_num) * tokens_per_iter) / len(tokens["train"])

@@ -466,7 +466,7 @@ class TokenFiles:
         return True
 
     def write(self, split, ids):
-        """Append ids, (n,), to a split."""
+        """Append ids (n,) to a split."""
         ids = np.ascontiguousarray(ids, self.dtype)
         while ids.size:
             i, offset = divmod(self.tokens[split], self.longest)

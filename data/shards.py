@@ -242,7 +242,7 @@ class Tokens:
         return np.concatenate(parts)
 
     def windows(self, starts, length):
-        """Return the windows that begin at starts, (B,), as int64, (B, length); -1 after the end of the stream."""
+        """Return the windows that begin at starts (B,) as int64 (B, length); -1 after the end of the stream."""
         windows = np.full((len(starts), length), -1, dtype=np.int64)
         for window, start in zip(windows, starts.tolist(), strict=True):
             count = min(length, len(self) - start)

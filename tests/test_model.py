@@ -12,6 +12,7 @@ from model import (
     GPT,
     GPTConfig,
     KVCache,
+    RMSNorm,
     ShortAttention,
     apply_rope,
     attend_one_token,
@@ -23,7 +24,6 @@ from model import (
     orthogonalize,
     peak_flops,
     quantize,
-    rms_norm,
     rope_cos_sin,
     sample_next,
 )
@@ -381,12 +381,14 @@ def test_squared_relu_and_gradient_equal_autograd():
 
 def test_rms_norm_and_gradients_equal_torch():
     results = []
-    for norm in (rms_norm, lambda x, gain, eps: torch.nn.functional.rms_norm(x, (32,), gain, eps)):
+    for kind in (RMSNorm, torch.nn.RMSNorm):
         torch.manual_seed(0)
-        x, gain = torch.randn(2, 5, 32, requires_grad=True), torch.randn(32, requires_grad=True)
-        y = norm(x, gain, 1e-3)
+        norm = kind(32, eps=1e-3)
+        torch.nn.init.normal_(norm.weight)
+        x = torch.randn(2, 5, 32, requires_grad=True)
+        y = norm(x)
         y.backward(torch.randn(2, 5, 32))
-        results.append((y, x.grad, gain.grad))
+        results.append((y, x.grad, norm.weight.grad))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 

@@ -71,6 +71,9 @@ def test_resume_needs_only_out_dir(train, tiny_run, finished, tmp_path):
     train(tiny_run.flags, f"--out_dir={again}", "--max_iters=7")
     train([], f"--out_dir={again}", "--init_from=resume", "--max_iters=20", "--device=cpu")
     assert_same_state(finished, read_checkpoint(again / LATEST))
+    # the evaluation at the end of the shorter run is not repeated, and kept
+    assert [r["iter"] for r in metrics(again) if "val/loss" in r] == [0, 7, 10, 20]
+    assert [r["iter"] for r in metrics(again) if "loss" in r] == list(range(20))
 
 
 def test_auto_starts_and_then_resumes(train, tiny_run, finished, tmp_path):
@@ -909,7 +912,7 @@ def test_compiled_training_gives_the_same_losses(train, tiny_run, tmp_path):
     # 34 windows of validation text in batches of 4: the last is short
     flags = ["--n_layer=1", "--max_iters=5", "--eval_iters=100", "--dropout=0.0"]
     torch._dynamo.utils.counters.clear()
-    compiled = train(tiny_run.flags, *flags, "--compile=True", "--dropout=0.0", f"--out_dir={tmp_path / 'compiled'}")
+    compiled = train(tiny_run.flags, *flags, "--compile=True", f"--out_dir={tmp_path / 'compiled'}")
     assert "does not work here" not in compiled.err
     # of can_compile(), of the training step and of the evaluation: none runs uncompiled
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3

@@ -82,7 +82,7 @@ def test_plot_of_several_runs(script, train, tiny_run, tmp_path, monkeypatch):
 def test_missing_extras_are_named(script, tiny_run, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "matplotlib" else find(name, *a))
-    for name in ("torch.utils.tensorboard", "wandb"):
+    for name in ("torch.utils.tensorboard", "wandb", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
     for flag, package in (
         ("--loss_plot", "matplotlib"), ("--plot=x", "matplotlib"), ("--wandb_log", "wandb"),
