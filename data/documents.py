@@ -4,12 +4,12 @@ Read the documents of a corpus: Texts in memory, or Files of any format, number 
 Both have
 
     parts           what is read in sequence, files for example
-    pieces(part, encode=None)   yields the documents of a part as Pieces; encode(texts) gives the tokens to preserve
+    pieces(part)    yields the documents of a part as Pieces
     identity        a hash that differs between corpora, computed without the network
     size(first)     bytes of the parts from `first` on
     bytes_read      of all parts, for a progress bar
     counts          {"bad rows": 3, ...} of what has been read
-    by_share        whether val_share chooses the splits
+    by_share        whether val_share chooses a split
     check(final)    raises ValueError if too much of it is bad
 """
 
@@ -22,20 +22,15 @@ import hashlib
 import importlib
 import io
 import json
-import math
 import os
 import re
 import sys
 import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 HUB = "hf://"  # prefix of files on the Hugging Face Hub
-PIECE = 1 << 18  # characters of a long text per piece
-PASSAGE = 1 << 12  # characters that the validation part of one document has at least
-CONTEXT = 256  # characters around a cut that tokens may depend on
+LONGEST = 1 << 22  # characters; a longer text is several documents
 END_OF_TEXT = "<|endoftext|>"  # separates documents in text files
-LONGEST_ROW = 1 << 26  # characters of a row in csv and tsv files
 
 COMPRESSED = {"gz": "gzip", "bz2": "bz2", "xz": "lzma", "zst": "pyarrow"}  # ending: module
 # the first bytes of files that are not text: PDF, RTF, compressed, Parquet, Arrow; and NUL, as in most others
@@ -50,13 +45,8 @@ class Piece(NamedTuple):
     """A document, or one piece of a long document."""
 
     text: str
-    ends: bool  # the document ends with this piece
-    split: str  # train or val
-    before: str = ""  # the text before it in the document, on which its tokens depend
-    cut: bool = False  # the document begins in train and ends in val
-
-    def __repr__(self):  # the identities of Texts, which old datasets contain, are hashes of it
-        return f"Piece(text={self.text!r}, ends={self.ends}, split={self.split!r})"
+    ends: bool = True  # the document ends with this piece
+    split: str | None = None  # train or val; None: chosen by val_share
 
 
 class Texts:
@@ -73,7 +63,7 @@ class Texts:
     def size(self, first=0):
         return sum(len(piece.text) for piece in self.list)
 
-    def pieces(self, part, encode=None):
+    def pieces(self, part):
         self.bytes_read = self.size()
         return iter(self.list)
 
@@ -84,8 +74,8 @@ class Texts:
 class Files:
     """A corpus of files: texts, or tables with one document per row. Files with an ending of COMPRESSED are unpacked.
 
-    splits: {split: [path, folder, pattern* or hf://datasets/...]}; split None: chosen by args.val_share
-    args: column, format, max_bad and val_share of OPTIONS in preparation.py
+    splits: {split: [path, folder, pattern* or hf://datasets/...]}; split None: chosen by val_share
+    args: column, format and max_bad of OPTIONS in preparation.py
     edit: function applied to the text of each row
 
     Bad rows are left out, undecodable bytes replaced; both are counted. Raises OSError and ValueError.
@@ -94,8 +84,7 @@ class Files:
     def __init__(self, splits, args, edit=str):
         if args.format not in ("", *READERS):
             raise ValueError(f"--format={args.format} is not one of {', '.join(READERS)}")
-        self.column, self.format, self.edit = args.column, args.format, edit
-        self.max_bad, self.val_share = args.max_bad, args.val_share
+        self.column, self.format, self.max_bad, self.edit = args.column, args.format, args.max_bad, edit
         self.bytes_read, self.counts = 0, collections.Counter()
         self.first_bad = ""  # describes the first bad row
 
@@ -108,10 +97,8 @@ class Files:
                     self.stdin, found = copy_stdin()
                 elif not pattern.startswith(HUB):
                     found = find(pattern)
-                if os.path.isdir(pattern):
-                    self.found += [(named, pattern, files) for named, files in by_name(pattern, found, split).items()]
-                else:
-                    self.found.append((split, pattern, found))
+                named = by_name(pattern, found, split) if os.path.isdir(pattern) else {split: found}
+                self.found += [(name, pattern, files) for name, files in named.items()]
         self.by_share = any(split is None for split, _, _ in self.found)
         self.identity = hashlib.sha256(json.dumps(self.found).encode()).hexdigest()
 
@@ -127,20 +114,19 @@ class Files:
     def size(self, first=0):
         return sum(size for _, _, size, _ in self.parts[first:])
 
-    def pieces(self, part, encode=None):
-        """Yield the Pieces of a part, cut where `encode` gives the same tokens."""
+    def pieces(self, part):
+        """Yield the Pieces of a part."""
         split, path, size, _ = self.parts[part]
         start = self.bytes_read
         codecs.register_error("count", self.count_undecodable)
-        reader, lengths = READERS.get(self.format or extension(path), read_text), {}
         try:
-            if reader is read_text and not split:
-                with self.open(path) as raw:
-                    lengths = long_documents(read_text(decompress(raw, path), "replace"))
             with self.open(path) as raw:
-                for piece in cut_documents(self.texts(raw, path, reader), split, self.val_share, lengths, encode):
+                for text in self.texts(raw, path):
+                    self.counts["characters"] += len(text)
+                    self.counts["NUL bytes"] += text.count("\0")
                     self.bytes_read = start + raw.tell()
-                    yield piece
+                    for i in range(0, len(text), LONGEST):
+                        yield Piece(text[i : i + LONGEST], True, split)
         except ImportError as e:
             raise ValueError(f"{path} needs a package: pip install {e.name.partition('.')[0]}") from e
         except Exception as e:  # corrupt files and the network raise many types
@@ -158,17 +144,14 @@ class Files:
             return open(self.stdin.fileno(), "rb", closefd=False)
         return open(path, "rb")
 
-    def texts(self, raw, path, reader):
-        """Yield (text, whether its document ends) from an open file."""
+    def texts(self, raw, path):
+        """Yield the text of each document in an open file, and count rows without one."""
+        reader = READERS.get(self.format or extension(path), read_text)
         file = raw if reader is read_parquet else decompress(raw, path)
-        for text, ends in read_text(file) if reader is read_text else self.rows(reader(file, self.column), path):
-            self.counts["characters"] += len(text)
-            self.counts["NUL bytes"] += text.count("\0")
-            yield text, ends
-
-    def rows(self, rows, path):
-        """Yield (text, True) of each row with text; count the others."""
-        for where, row, size in rows:
+        if reader is read_text:
+            yield from read_text(file)
+            return
+        for where, row, size in reader(file, self.column):
             self.counts["rows"] += 1
             self.counts["bytes of rows"] += size
             text = row if isinstance(row, str) else lookup(row, self.column)
@@ -176,11 +159,11 @@ class Files:
                 self.count_bad_row(row, size, f"{where} of {path}")
             elif text:
                 text = text.encode("utf-8", "replace").decode()  # JSON may contain half a surrogate pair
-                yield self.edit(text), True
+                yield self.edit(text)
 
     def count_bad_row(self, row, size, where):
         """Count a row without text, and describe the first one."""
-        expected = "a JSON object per line, or in csv paired quotes and as many fields as columns"
+        expected = "one JSON object per line, or in csv paired quotes and one field per column"
         problem = f"cannot parse {where} (expected {expected})"
         if isinstance(row, dict):
             columns = ", ".join(list(row)[:20])
@@ -210,26 +193,19 @@ class Files:
 
 
 # -----------------------------------------------------------------------------
-# formats: read_text yields (text, whether its document ends), the others (where, row, size); row None: unreadable
+# formats: read_text yields texts, the others (where, row, size in bytes); row is None if unreadable
 
 
-def read_text(file, errors="count"):
-    """Yield each document in blocks of PIECE characters and a rest."""
-    file, rest = decode(file, errors), ""
-    while block := file.read(PIECE):
+def read_text(file):
+    file, rest = decode(file), ""
+    while block := file.read(LONGEST):
         *documents, rest = (rest + block).split(END_OF_TEXT)
-        for document in documents:
-            yield from blocks_of(document)
+        yield from documents
         # the rest may end with half an <|endoftext|>, which must not be cut
-        while len(rest) > PIECE + len(END_OF_TEXT):
-            yield rest[:PIECE], False
-            rest = rest[PIECE:]
-    yield from blocks_of(rest)
-
-
-def blocks_of(text):
-    """Return [(block, whether it is the last)]. Example: "x" * (PIECE + 1) -> [("x" * PIECE, False), ("x", True)]"""
-    return [(text[i : i + PIECE], i + PIECE >= len(text)) for i in range(0, len(text), PIECE)]
+        if len(rest) > LONGEST + len(END_OF_TEXT):
+            yield rest[:LONGEST]
+            rest = rest[LONGEST:]
+    yield rest
 
 
 def read_jsonl(file, column):
@@ -243,56 +219,48 @@ def read_jsonl(file, column):
 
 
 def read_json(file, column):
-    """Yield the rows of one list, or those of a jsonl file."""
+    """Yield the elements of one list, or the rows of a jsonl file."""
     if not file.peek(64).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
         yield from read_jsonl(file, column)
         return
-    file, number = decode(file), 1
-    rest = file.read(PIECE).lstrip()[1:]
-    while True:
-        rest = rest.lstrip(" \t\r\n,")
-        try:
-            row, size = json.JSONDecoder().raw_decode(rest)
-        except (ValueError, RecursionError):
-            # the row continues in the next block, or the list ends
-            if block := file.read(max(PIECE, len(rest))):
-                rest += block
-                continue
-            if rest.strip() != "]":
-                yield f"row {number}", None, len(rest)
-            return
-        yield f"row {number}", row, size
-        rest, number = rest[size:], number + 1
+    for number, row in enumerate(json.load(decode(file)), 1):
+        yield f"row {number}", row, 0
 
 
 def read_csv(file, column, delimiters=",;\t|"):
-    """Yield rows with as many fields as the header. In tab-separated files quotes that do not pair up are text."""
-    csv.field_size_limit(LONGEST_ROW)  # an unclosed quote must not fill the memory
+    """Yield rows with one field per column; of others only their first line is bad, not what a quote swallows."""
+    csv.field_size_limit(LONGEST)  # an unclosed quote must not fill the memory
     file, number, lines = decode(file), 1, []  # lines: of this row
-    again = collections.deque([file.readline()])  # lines to read before those of the file
-    delimiter = max(delimiters, key=lambda delimiter: len(next(csv.reader(again, delimiter=delimiter), [])))
+    waiting = [file.readline()]  # lines to read again, the last one first
+    delimiter = max(delimiters, key=waiting[0].count)
+
+    def parse():
+        """Return the fields of the next row; None if its quotes do not pair up."""
+        lines.clear()
+        try:
+            return next(csv.reader(take(), delimiter=delimiter, strict=True), [])
+        except csv.Error:
+            return None
 
     def take():
-        while line := again.popleft() if again else file.readline():
+        while line := waiting.pop() if waiting else file.readline():
             lines.append(line)
             yield line
 
-    columns = next(csv.reader(take(), delimiter=delimiter), [])
+    columns = parse() or []
     check_column(column, columns)
-    while lines:
+    while True:
         number += len(lines)
-        lines.clear()
-        try:
-            fields = next(csv.reader(take(), delimiter=delimiter, strict=True), [])
-        except csv.Error:
-            fields = None
+        fields = parse()
+        if not lines:
+            return
         if fields is None or len(fields) not in (0, len(columns)):
-            if delimiter == "\t":
-                again.extendleft(reversed(lines[1:]))
-                del lines[1:]
-                fields = lines[0].rstrip("\r\n").split("\t")
-            if fields is None or len(fields) != len(columns):
-                yield f"line {number}", None, sum(map(len, lines))
+            # go on after the first line; in tsv files written without quoting, quotes are text
+            waiting += reversed(lines[1:])
+            del lines[1:]
+            fields = lines[0].rstrip("\r\n").split("\t") if delimiter == "\t" else []
+            if len(fields) != len(columns):
+                yield f"line {number}", None, len(lines[0].encode())
                 continue
         if fields:  # not an empty line
             yield f"line {number}", dict(zip(columns, fields, strict=True)), sum(map(len, lines))
@@ -303,7 +271,7 @@ def read_tsv(file, column):
 
 
 def read_parquet(file, column):
-    from pyarrow import binary, compute, types
+    from pyarrow import binary, types
     from pyarrow.parquet import ParquetFile
 
     table, n = ParquetFile(file, buffer_size=1 << 20), 0
@@ -311,7 +279,7 @@ def read_parquet(file, column):
     for batch in table.iter_batches(batch_size=256, columns=[column]):
         array = batch.column(0)
         while types.is_struct(array.type):
-            array = compute.struct_field(array, 0)
+            array = array.flatten()[0]
         try:
             texts = array.to_pylist()
         except UnicodeDecodeError:
@@ -338,7 +306,7 @@ def decompress(raw, path):
     return raw if hasattr(raw, "peek") else io.BufferedReader(raw)
 
 
-def decode(file, errors="count"):
+def decode(file):
     """Return a text reader of a binary one: UTF-8, or UTF-16 or UTF-32 with a byte-order mark."""
     start, encoding = file.peek(8192), "utf-8-sig"
     if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # begins with UTF-16's mark
@@ -347,7 +315,7 @@ def decode(file, errors="count"):
         encoding = "utf-16"
     elif BINARY.match(start):
         raise ValueError(f"not a text file (begins with {start[:8]}); convert it to text, or use --format")
-    return io.TextIOWrapper(file, encoding, errors=errors, newline="")
+    return io.TextIOWrapper(file, encoding, errors="count", newline="")
 
 
 def lookup(row, column):
@@ -361,85 +329,6 @@ def lookup(row, column):
 def check_column(column, columns):
     if column not in columns:
         raise ValueError(f"no column {column} (columns: {', '.join(columns[:20])}); use --column=NAME")
-
-
-# -----------------------------------------------------------------------------
-# from documents to pieces
-
-
-def fraction(text, i):
-    """Return the i-th of two numbers from 0 to 1 that depend only on the text. Example: "abc", 0 -> 0.1701"""
-    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
-    return int.from_bytes(digest[8 * i : 8 * i + 8], "little") / 2**64
-
-
-def split_of(text, val_share):
-    """Choose the split of a text. Example: "abc", 0.1 -> "train" """
-    return "val" if fraction(text, 0) < val_share else "train"
-
-
-def long_documents(blocks):
-    """Return {number: characters} of documents with several blocks. Example: ("a", 0), ("b", 1) -> {0: 2}"""
-    lengths, number, n = {}, 0, 0
-    for block, ends in blocks:
-        n += len(block)
-        if ends:
-            lengths.update({number: n} if n > len(block) else {})
-            number, n = number + 1, 0
-    return lengths
-
-
-def cut_documents(blocks, split, val_share, lengths, encode):
-    """Yield the Pieces of documents that come as (block, whether it is the last).
-
-    The split of a document is `split`, or chosen by a hash of its first block. If the last val_share of it has at
-    least PASSAGE characters, that is for validation instead, and the rest for training.
-    lengths: {number: characters} of the documents that have several blocks
-    """
-    number = done = 0  # done: characters of this document in pieces
-    rest = before = ""
-    for block, ends in blocks:
-        # choose the split of a new document
-        if not done:
-            n = lengths.get(number, len(block))
-            cut = not split and n * min(val_share, 1 - val_share) >= PASSAGE
-            border = round(n * (1 - val_share)) if cut else math.inf
-            chosen = "train" if cut else split or split_of(block, val_share)
-
-        # cut where validation begins, and at the end of the block
-        rest += block
-        while rest:
-            end, context = (len(rest), "") if ends else (len(rest) - CONTEXT, "")
-            at_border = border - done <= end + 4 * CONTEXT
-            if at_border or not ends:
-                end, context = find_cut(before + rest, len(before), len(before) + min(end, border - done), encode)
-                end -= len(before)
-            yield Piece(rest[:end], end == len(rest), chosen, before, cut)
-            rest, before, done = rest[end:], context, done + end
-            if not at_border:
-                break
-            border, chosen = math.inf, "val"
-        if ends:
-            number, done, rest, before = number + 1, 0, "", ""
-
-
-def find_cut(text, start, end, encode):
-    """Return (end of the left part, context), where a cut between `start` and `end` keeps the tokens.
-
-    The tokens before the cut must not depend on what follows. What follows has its tokens in the whole text if it is
-    tokenized after the context, the characters before it, which is "" if there is no such place.
-    """
-    words = [
-        match.start() for match in re.compile(r"(?<=\w)(?!\w)").finditer(text, max(start + 1, end - 1024), end + 1)
-    ]
-    for cut in (*reversed(words), *range(end, max(start, end - CONTEXT), -1)):
-        context = text[max(0, cut - CONTEXT) : cut]
-        if encode is None:
-            return cut, context
-        left, both = encode([context, context + text[cut : cut + CONTEXT]])
-        if len(left) < len(both) and (left == both[: len(left)]).all():
-            return cut, context
-    return end, ""
 
 
 # -----------------------------------------------------------------------------
@@ -462,41 +351,44 @@ def find(pattern):
             raise OSError(f"cannot list {pattern} ({e}); use --input=FILE") from e
         found = [(HUB + path, info["size"], str(info.get("blob_id"))) for path, info in sorted(files.items())]
     else:
-        read, others = collections.Counter(), collections.Counter()
         if os.path.isdir(pattern):
-            paths = list(find_in_folder(pattern, set(map(str, Path(pattern).resolve().parents)), read, others))
+            paths = find_in_folder(pattern)
         else:
             paths = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
         paths = [os.path.normpath(path) for path in sorted(paths) if os.path.isfile(path)]
         found = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in paths]
-        if others:
-            read, others = (", ".join(f"{n:,} {ending}" for ending, n in c.most_common(9)) for c in (read, others))
-            print(f"{pattern}: reading {read or 'nothing'}; left out {others} (to read them, use '{pattern}/**/*.py')")
     if not found:
         problem = "no text files in folder" if os.path.isdir(pattern) else "no such file or folder:"
         raise FileNotFoundError(f"{problem} {pattern}")
     return found
 
 
-def find_in_folder(folder, seen, read, others):
-    """Yield the text files in a folder and its subfolders, without hidden ones and .json, which is rarely text.
+def find_in_folder(folder):
+    """Return the text files in a folder and its subfolders, without hidden ones and .json, which is rarely text.
 
-    seen: real paths of folders not to enter, so that links cannot lead into circles
-    read, others: Counters of the endings of these and other files
+    Says how many files of each ending are read and left out.
     """
-    seen.add(os.path.realpath(folder))
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name.startswith("."):
+    found, entered = {True: [], False: []}, set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in entered:  # links can lead into circles
+            folders.clear()
             continue
-        if entry.is_dir():
-            if os.path.realpath(entry.path) not in seen:
-                yield from find_in_folder(entry.path, seen, read, others)
-            continue
-        ending = os.path.splitext(entry.name)[1].lower() or entry.name
-        is_text = extension(entry.name) in READERS and ending != ".json"
-        (read if is_text else others)[ending] += 1
-        if is_text:
-            yield entry.path
+        entered.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            if not name.startswith("."):
+                is_text = extension(name) in READERS and not name.lower().endswith(".json")
+                found[is_text].append(os.path.join(parent, name))
+    if found[False]:
+        read, left_out = count_endings(found[True]), count_endings(found[False])
+        print(f"{folder}: reading {read or 'nothing'}; left out {left_out} (to read them, use '{folder}/**/*.py')")
+    return found[True]
+
+
+def count_endings(paths):
+    """Describe how many files have each ending. Example: ["a.py", "b.py", "x"] -> "2 .py, 1 x" """
+    endings = collections.Counter(os.path.splitext(path)[1].lower() or os.path.basename(path) for path in paths)
+    return ", ".join(f"{n:,} {ending}" for ending, n in endings.most_common(9))
 
 
 def by_name(folder, found, split):
