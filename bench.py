@@ -39,6 +39,7 @@ import torch
 import model as gpt
 from configurator import configure, fail, pick_device, usage_errors
 from data.shards import Dataset, eval_windows, load_batch, train_windows
+from data.tokenizer import for_terminal
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def open_splits():
 
 if __name__ == "__main__":  # not in worker processes: they get the resulting settings
     configurator.check_minimum(config, 1, "batch_size", "block_size")
-    configurator.check_minimum(config, 0, "steps", "decode_tokens", "lora_rank", "learning_rate", "seed")
+    configurator.check_minimum(config, 0, "steps", "decode_tokens", "lora_rank", "learning_rate", "seed", "seconds")
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", decode_batch):
         fail(f"--decode_batch must be numbers such as 1,10, got {decode_batch}")
     if transformers and decode_tokens > block_size:
@@ -135,7 +136,7 @@ if __name__ == "__main__":  # not in worker processes: they get the resulting se
         try:
             tokens, data_vocab_size = open_splits()
         except (OSError, ValueError) as e:
-            print(f"random tokens: {e}")
+            print(for_terminal(f"random tokens: {e}"))
     real_data = bool(tokens)
     vocab_size = vocab_size or gpt.round_vocab_size(data_vocab_size or 50257)
     with usage_errors():

@@ -38,6 +38,8 @@ if interruptible:
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from data.tokenizer import for_terminal  # noqa: E402
+
 if interruptible:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -55,7 +57,7 @@ def first_line(error):
 
 def fail(message):
     """Print one line that says what is wrong and what to type, and exit with 2 (wrong usage)."""
-    print("error:", " ".join(str(message).split()), file=sys.stderr)
+    print("error:", for_terminal(" ".join(str(message).split())), file=sys.stderr)
     sys.exit(2)
 
 
@@ -89,7 +91,7 @@ def print0(text, progress=False):
     """Print on rank 0. On a terminal the next text replaces a progress line."""
     if os.environ.get("RANK", "0") != "0":
         return
-    end = "\n"
+    end, text = "\n", for_terminal(text)
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns - 1
         text = "\r".ljust(width + 1) + "\r" + (text[:width] if progress else text)

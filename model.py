@@ -14,11 +14,12 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -198,6 +199,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.lora = None  # settings of the LoRA adapters, if there are any: see add_lora()
+        self.hub = None  # transformers' config.json and generation_config.json, if imported: see from_pretrained()
         # GPT-2's names, as in nanoGPT, whose checkpoints load here
         self.transformer = nn.ModuleDict(
             dict(
@@ -289,10 +291,11 @@ class GPT(nn.Module):
         return logits[:, -1]
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, generator=None, slide=1):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), generator=None, slide=1):
         """Yield up to max_new_tokens tokens (B,) that continue idx (B, T). Call eval() first.
 
-        Sampling options: see sample_next(). A finished row repeats `stop`; generation ends when all rows are finished.
+        Sampling options: see sample_next(). stop: ids of the tokens that end a row, which then repeats the first of
+        them; generation ends when all rows have ended.
         When the context is full, its first `slide` tokens are dropped and the caches are filled again: cached keys and
         values depend on the dropped tokens. slide=1 always uses the last block_size tokens, like nanoGPT, but computes
         the whole context for every token; a larger slide does so less often, with a shorter context.
@@ -303,6 +306,7 @@ class GPT(nn.Module):
             raise ValueError(f"slide must be between 1 and block_size ({block_size}), got {slide}")
         context, token, caches = idx[:, -block_size:], None, None
         finished = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+        stop_ids = torch.tensor(stop, dtype=torch.int64, device=idx.device)
         for _ in range(max_new_tokens):
             # the context is full: drop its first tokens, which invalidates the caches
             if context.size(1) > block_size:
@@ -317,12 +321,12 @@ class GPT(nn.Module):
                 logits = self.decode_one_token(token, context.size(1) - 1, caches)
             # sample it, and append it to the context
             token = sample_next(logits, temperature, top_k, top_p, generator)
-            # finished rows go on with `stop`, so that the batch stays a rectangle
-            if stop is not None:
-                token = token.masked_fill(finished, stop)
-                finished |= token == stop
+            # finished rows go on with a stop token, so that the batch stays a rectangle
+            if stop:
+                token = token.masked_fill(finished, stop[0])
+                finished |= torch.isin(token, stop_ids)
             yield token
-            if stop is not None and finished.all():
+            if stop and finished.all():
                 return
             context = torch.cat((context, token[:, None]), dim=1)
 
@@ -569,9 +573,11 @@ GPT.configure_optimizers = configure_optimizers  # a method, as in nanoGPT
 def check_config(config):
     """Raise ValueError if the fields of a GPTConfig are inconsistent."""
     # sizes and names
-    for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    positive = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "rope_theta")
+    for name in (*positive, "n_hidden", "n_kv_head", "head_dim"):
+        minimum = int(name in positive)
+        if getattr(config, name) < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {getattr(config, name)}")
     for name, choices in (("norm", NORMS), ("position", ("learned", "rope")), ("mlp", ACTIVATIONS)):
         if getattr(config, name) not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)}")
@@ -656,6 +662,7 @@ def from_checkpoint(checkpoint, **override):
         model = GPT(config)
     load_weights(model, weights)
     model.tie_weights()
+    model.hub = checkpoint.get("hub")
     return model.requires_grad_(True)
 
 
@@ -717,10 +724,23 @@ def hf_parts(key, weight, config):
     return [(f"{prefix}{name}.{kind}", part) for name, part in zip(names, rows, strict=True)]
 
 
+def adapter_base(name):
+    """Return the base model of a folder with a peft adapter; any other name as it is."""
+    path = os.path.join(name, "adapter_config.json")
+    if not os.path.exists(path):
+        return name
+    try:
+        with open(path, encoding="utf-8") as f:
+            return str(json.load(f)["base_model_name_or_path"])
+    except (ValueError, LookupError, TypeError) as e:
+        raise OSError(f"{path} names no base model: {e}") from None
+
+
 def load_hf_config(name):
     """Return the transformers config of a folder or Hub name. OSError if it cannot be loaded."""
     import transformers
 
+    name = adapter_base(name)
     try:
         # by default it asks whether to run code of the model
         return transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -729,10 +749,10 @@ def load_hf_config(name):
 
 
 def from_pretrained(name, override_args=None):
-    """Build a GPT-2, Llama or Qwen3 model from a transformers folder or a Hub name, in float32.
+    """Build a model of HF_MODELS from a transformers folder or a Hub name, in float32.
 
-    override_args replaces fields of the GPTConfig. OSError if the model cannot be loaded, ValueError if it has
-    features that are not supported here, or weights that do not fit.
+    A peft adapter is merged into its base. override_args replaces fields of the GPTConfig. OSError if the model cannot
+    be loaded, ValueError if it has features that are not supported here, or weights that do not fit.
     """
     import transformers
 
@@ -744,65 +764,87 @@ def from_pretrained(name, override_args=None):
     transformers.utils.logging.set_verbosity_error()
     options = dict(output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False)
     try:
-        hf, info = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+        base = adapter_base(name)
+        hf, info = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+        if base != name:
+            from peft import PeftModel
+
+            hf = PeftModel.from_pretrained(hf, name).merge_and_unload()
     except Exception as e:  # corrupt files raise many exception types
         raise OSError(f"cannot load the weights of {name}: {str(e).strip() or type(e).__name__}") from None
     wrong = [f"{kind.removesuffix('_keys')} {', '.join(map(str, keys))}" for kind, keys in info.items() if keys]
     if wrong:
         raise ValueError(f"the weights of {name} do not fit its config.json: {'; '.join(wrong)[:400]}")
 
-    # move the tensors over one by one, so that no more than one is in memory twice
+    # move the tensors over one by one, so that no more than one is in memory twice; biases that it lacks become 0
     hf_weights = hf.state_dict()
+    hub = dict(config=json.loads(hf.config.to_json_string(use_diff=False)))
+    hub["generation_config"] = json.loads(hf.generation_config.to_json_string())
     del hf
     with torch.device("meta"):
         model = GPT(config)
     weights = {}
     for key, weight in model.state_dict().items():
-        weights[key] = torch.empty(weight.shape)
+        weights[key] = torch.zeros(weight.shape)
         for hf_name, part in hf_parts(key, weights[key], config):
-            part.copy_(hf_weights.pop(hf_name) if not config.tied else hf_weights[hf_name])
+            if hf_name in hf_weights:
+                part.copy_(hf_weights[hf_name] if config.tied else hf_weights.pop(hf_name))
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
+    model.hub = hub
     return model.requires_grad_(True)
 
 
-def save_pretrained(model, folder, eot=None):
+def save_pretrained(model, folder, eot=None, vocab_size=None):
     """Write a folder for AutoModelForCausalLM: config.json, generation_config.json, model.safetensors.
 
-    eot: id of the end-of-text token. ValueError if no transformers architecture fits, OSError if writing fails.
+    Settings of an imported model that training does not change are written as they were. eot: id of the end-of-text
+    token of other models. vocab_size: the tokenizer's; rows beyond it that only rounded it up are left out.
+    ValueError if no transformers architecture fits, OSError if writing fails.
     """
     import transformers
 
     # an empty model of transformers, filled with views of our weights
     transformers.utils.logging.disable_progress_bar()
-    hf_config = to_hf_config(model.config, eot)
+    config, hub = model.config, model.hub or {}
+    if vocab_size and not hub and round_vocab_size(vocab_size) == config.vocab_size:
+        config = replace(config, vocab_size=vocab_size)
+    hf_config = to_hf_config(config, eot, hub.get("config"))
     with torch.device("meta"):
         hf = transformers.AutoModelForCausalLM.from_config(hf_config)
     # views of the weights under transformers' names
     weights = {}
     for key, weight in model.state_dict().items():
-        weights.update((name, part.contiguous()) for name, part in hf_parts(key, weight, model.config))
+        if key in ("transformer.wte.weight", "lm_head.weight"):
+            weight = weight[: config.vocab_size]
+        weights.update((name, part.contiguous()) for name, part in hf_parts(key, weight, config))
     for name, weight in hf.state_dict().items():  # biases are not optional in transformers' GPT-2
         weights.setdefault(name, torch.zeros(weight.shape, dtype=model.lm_head.weight.dtype))
-    # transformers writes safetensors, config.json and generation_config.json
+    # transformers writes safetensors and config.json
     hf.load_state_dict(weights, assign=True)
     hf.tie_weights()
-    hf.generation_config = transformers.GenerationConfig(bos_token_id=eot, eos_token_id=eot)
+    hf.generation_config = transformers.GenerationConfig()
     hf.save_pretrained(folder)
 
     # field names that llama.cpp and transformers before version 5 expect in config.json
     path = os.path.join(folder, "config.json")
     with open(path, encoding="utf-8") as f:
         values = json.load(f)
-    if model.config.position == "learned":
-        values["n_ctx"] = model.config.block_size
+    if config.position == "learned":
+        values["n_ctx"] = config.block_size
     else:
         rope = values["rope_parameters"]
-        values |= dict(rope_theta=rope["rope_theta"], rope_scaling=rope if model.config.rope_scaling else None)
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(values, f, indent=2)
+        values |= dict(rope_theta=rope["rope_theta"], rope_scaling=rope if config.rope_scaling else None)
+    generation = hub.get("generation_config") or dict(bos_token_id=eot, eos_token_id=eot)
+    for name, content in (("config.json", values), ("generation_config.json", generation)):
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+            json.dump(content, f, indent=2)
+    for name in os.listdir(folder):
+        if name.endswith(".safetensors"):  # written for the owner only
+            shutil.copymode(path, os.path.join(folder, name))
 
 
+HF_MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 HF_ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 # fields here: fields of transformers' configs
@@ -813,7 +855,7 @@ GPT2_FIELDS = dict(
 LLAMA_FIELDS = dict(
     block_size="max_position_embeddings", vocab_size="vocab_size", n_layer="num_hidden_layers",
     n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size", head_dim="head_dim",
-    n_hidden="intermediate_size", norm_eps="rms_norm_eps", tied="tie_word_embeddings", bias="attention_bias",
+    n_hidden="intermediate_size", norm_eps="rms_norm_eps", tied="tie_word_embeddings",
 )  # fmt: skip
 
 
@@ -831,14 +873,12 @@ def from_hf_config(hf):
 
     ValueError names everything that is not supported here.
     """
-    if hf.model_type not in ("gpt2", "llama", "qwen3"):
-        raise ValueError(f"unsupported model type {hf.model_type} (supported: gpt2, llama, qwen3)")
+    if hf.model_type not in HF_MODELS:
+        raise ValueError(f"unsupported model type {hf.model_type} (supported: {', '.join(HF_MODELS)})")
     # what must be as it is here
     allowed = dict(quantization_config=[None], scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False])
     allowed |= dict(add_cross_attention=[False], activation_function=HF_ACTIVATIONS)  # GPT-2's
-    allowed |= dict(hidden_act=["silu"], use_sliding_window=[False])  # Llama's and Qwen3's
-    if hf.model_type == "llama":
-        allowed["mlp_bias"] = [hf.attention_bias]
+    allowed |= dict(hidden_act=["silu"], use_sliding_window=[False])  # the others'
     if hf.model_type == "qwen3":
         allowed["attention_bias"] = [False]
     # all that differs is named at once
@@ -852,18 +892,25 @@ def from_hf_config(hf):
 
     # translate the names of the fields
     names = GPT2_FIELDS if hf.model_type == "gpt2" else LLAMA_FIELDS
-    fields = {ours: getattr(hf, theirs) for ours, theirs in names.items() if getattr(hf, theirs) is not None}
+    fields = {ours: getattr(hf, theirs, None) for ours, theirs in names.items()}
+    fields = {name: value for name, value in fields.items() if value is not None}
     # what has no field of the same meaning
     if hf.model_type == "gpt2":
         return fields | dict(mlp=HF_ACTIVATIONS[hf.activation_function], bias=True)
     if rope_type == "llama3":
         fields["rope_scaling"] = tuple(rope[name] for name in HF_ROPE_SCALING)
-    fields |= dict(norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=hf.model_type == "qwen3")
+    if hf.model_type == "mistral" and hf.sliding_window:  # within the window, attention is the same
+        fields["block_size"] = min(fields["block_size"], hf.sliding_window)
+    has_bias = hf.model_type == "qwen2" or getattr(hf, "attention_bias", False) or getattr(hf, "mlp_bias", False)
+    fields |= dict(norm="rmsnorm", position="rope", mlp="swiglu", qk_norm=hf.model_type == "qwen3", bias=has_bias)
     return fields | dict(rope_theta=float(rope["rope_theta"]))
 
 
-def to_hf_config(config, eot=None):
-    """Return the transformers config of a GPTConfig. ValueError if no architecture there fits."""
+def to_hf_config(config, eot=None, source=None):
+    """Return the transformers config of a GPTConfig. ValueError if no architecture there fits.
+
+    source: config.json of an imported model, as a dict; it keeps what a GPTConfig does not determine.
+    """
     import transformers
 
     # the architecture that comes closest
@@ -881,19 +928,23 @@ def to_hf_config(config, eot=None):
     # translate the names of the fields
     names = GPT2_FIELDS if model_type == "gpt2" else LLAMA_FIELDS
     fields = {theirs: getattr(config, ours) for ours, theirs in names.items()}
-    fields |= dict(bos_token_id=eot, eos_token_id=eot)
     # what has no field of the same meaning
     if model_type == "gpt2":
         fields["activation_function"] = "gelu" if config.mlp == "gelu" else "gelu_new"
         fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
     else:
         fields["rope_parameters"] = dict(rope_type="default", rope_theta=config.rope_theta)
+        fields["attention_bias"] = config.bias
     if model_type == "llama":
         fields["mlp_bias"] = config.bias
     if config.rope_scaling:
         scaling = dict(zip(HF_ROPE_SCALING, config.rope_scaling, strict=True))
         fields["rope_parameters"] |= scaling | dict(rope_type="llama3")
-    return transformers.AutoConfig.for_model(model_type, **fields)
+    # what an imported model says besides; another architecture shares the ids of special tokens only
+    kept = source or dict(bos_token_id=eot, eos_token_id=eot)
+    if kept.get("model_type") != model_type:
+        kept = {name: value for name, value in kept.items() if name.endswith("_token_id")}
+    return transformers.AutoConfig.for_model(**kept | fields | {"model_type": model_type})
 
 
 GPT.from_pretrained = staticmethod(from_pretrained)  # methods, as in nanoGPT
@@ -1145,7 +1196,7 @@ def load_checkpoint(folder, names=(LATEST, PREVIOUS), mmap=False):
             errors.append(str(e).split("\n")[0])
             continue
         for error in errors:
-            print(f"WARNING: {error}; using {path} instead", file=sys.stderr)
+            print(f"WARNING: {error!r}; using {path} instead", file=sys.stderr)
         return checkpoint, path
     raise ValueError("; ".join(errors))
 
@@ -1155,10 +1206,10 @@ def open_checkpoint(init_from, out_dir="", names=(BEST, LATEST, PREVIOUS)):
 
     'resume' is out_dir; of a folder the first readable of `names` is taken; a file is read.
     """
-    # a folder in transformers' format has a config.json
+    # a folder in the format of transformers or peft
     if init_from == "resume":
         return load_checkpoint(out_dir, names, mmap=True)
-    if os.path.exists(os.path.join(init_from, "config.json")):
+    if any(os.path.exists(os.path.join(init_from, name)) for name in ("config.json", "adapter_config.json")):
         return None, None
     if os.path.isdir(init_from):
         return load_checkpoint(init_from, names, mmap=True)

@@ -39,7 +39,7 @@ max_new_tokens = 500  # number of tokens generated in each sample
 temperature = 0.8  # <1.0: less random, >1.0: more random, 0: greedy
 top_k = 200  # keep the k most likely tokens; 0: all
 top_p = 0.0  # nucleus sampling: keep the fewest tokens whose probabilities sum to p; 0: all
-stop = ""  # end a sample at this text, which must be one token; empty: at max_new_tokens only
+stop = ""  # also end a sample before this text; a sample always ends at the model's end tokens
 slide = 1  # tokens to drop when the context is full; more is faster, see GPT.stream
 stream = False  # print tokens when they are generated, sample by sample; False: all samples in one batch
 interactive = False  # read prompts from the terminal, line by line
@@ -68,6 +68,8 @@ if serve and compile:
 if serve:
     try:
         import gradio as gr
+        from starlette.middleware import Middleware
+        from starlette.middleware.trustedhost import TrustedHostMiddleware
     except ImportError as e:
         fail(f"--serve needs gradio ({e}): pip install gradio, or use --interactive")
 
@@ -80,7 +82,7 @@ with usage_errors():
     checkpoint, path = gpt.open_checkpoint(init_from, out_dir)
     model = gpt.load_model(init_from, checkpoint, dropout=0.0).eval()
 if checkpoint:
-    print(f"loaded {path}, step {checkpoint.get('iter_num', 'unknown')}", file=sys.stderr)
+    print(for_terminal(f"loaded {path}, step {checkpoint.get('iter_num', 'unknown')}"), file=sys.stderr)
 if (merge or compare) and not model.lora:
     fail("--merge and --compare need a LoRA adapter, but this is a whole model")
 if merge or not (export or compare):
@@ -91,7 +93,8 @@ vocab_size, block_size = model.config.vocab_size, model.config.block_size
 
 # tokenizer: the checkpoint's, else its dataset's, else GPT-2's if the vocabulary has its size
 with usage_errors():
-    checkpoint = checkpoint or {"tokenizer": from_hub(init_from)}
+    if not checkpoint:
+        checkpoint = {"tokenizer": from_hub(init_from) or from_hub(gpt.adapter_base(init_from))}
     dataset = dataset or checkpoint.get("config", {}).get("dataset", "")
     description = checkpoint.get("tokenizer") or read_meta(os.path.join("data", dataset)).get("tokenizer")
     if not description:
@@ -111,37 +114,57 @@ with usage_errors():
     elif start.startswith("FILE:"):
         with open(start.removeprefix("FILE:"), encoding="utf-8-sig") as f:
             start = f.read()
-    stop_ids = tokenizer.encode(stop).tolist() if stop else [None]
-if len(stop_ids) != 1:
-    fail(f"--stop must be one token, but {stop!r} is {len(stop_ids)}")
+# the model's end tokens: an imported model has its own, others end a document with the tokenizer's end of text
+end_ids = (model.hub or {}).get("generation_config", {}).get("eos_token_id", tokenizer.eot)
+end_ids = [i for i in (end_ids if isinstance(end_ids, list) else [end_ids]) if i is not None]
 slide = min(slide, block_size)
 generator = torch.Generator(device).manual_seed(seed)
-sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=stop_ids[0], slide=slide, generator=generator)
+sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=end_ids, slide=slide, generator=generator)
 
 # -----------------------------------------------------------------------------
 
 
 def encode(prompt):
-    """Return the token ids of a prompt, (1, T). ValueError if the tokenizer has none for it."""
+    """Return the token ids of a prompt (1, T). ValueError if the tokenizer has none for it."""
     return torch.tensor([prompt_ids(tokenizer, prompt, vocab_size)], device=device)
 
 
 def generate_texts(x):
-    """Return num_samples texts that begin with x, (1, T), generated in one batch."""
-    T = x.size(1)
-    rows = model.generate(x.repeat(num_samples, 1), max_new_tokens, **sampling).tolist()
-    return [tokenizer.decode(ids[:T] + [i for i in ids[T:] if i != sampling["stop"]]) for ids in rows]
+    """Return num_samples texts that begin with x (1, T), generated in one batch."""
+    prompt = x[0].tolist()
+    rows = model.generate(x.repeat(num_samples, 1), max_new_tokens, **sampling)[:, len(prompt) :].tolist()
+    texts = [tokenizer.decode(prompt + list(until_end(row))) for row in rows]
+    begin = len(tokenizer.decode(prompt))  # `stop` may be in the prompt
+    return [text[:begin] + text[begin:].partition(stop)[0] for text in texts] if stop else texts
 
 
-def stream_text(x, length, options):
-    """Yield the text of each of up to `length` tokens that continue x, (1, T)."""
-    ids = map(int, model.stream(x, length, **options))
-    yield from tokenizer.decode_stream(i for i in ids if i != options["stop"])
+def until_end(ids):
+    """Return an iterator over the ids before the first end token."""
+    return itertools.takewhile(lambda i: i not in end_ids, ids)
+
+
+def stream_text(x, length, stop, options):
+    """Yield the text that continues x (1, T) in pieces, up to `length` tokens or to the text `stop`."""
+    pieces = tokenizer.decode_stream(until_end(map(int, model.stream(x, length, **options))))
+    text, hold = "", max(0, len(stop) - 1)  # hold back characters that may be the beginning of `stop`
+    for piece in pieces:
+        text += piece
+        if stop and stop in text:
+            break
+        cut = max(0, len(text) - hold)
+        yield text[:cut]
+        text = text[cut:]
+    yield text.partition(stop)[0] if stop else text
+
+
+def show(text, end="\n"):
+    """Print a text; into a file or a pipe it is written as it is."""
+    print(for_terminal(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def print_stream(x):
-    for text in stream_text(x, max_new_tokens, sampling):
-        print(text, end="", flush=True)
+    for text in stream_text(x, max_new_tokens, stop, sampling):
+        show(text, end="")
     print()
 
 
@@ -159,10 +182,10 @@ def export_model(folder):
         gpt.save_adapter(model, folder)
         reader = f"PeftModel, on top of python sample.py --init_from={base} --export=..."
     else:
-        gpt.save_pretrained(model, folder, tokenizer.eot)
+        gpt.save_pretrained(model, folder, tokenizer.eot, tokenizer.vocab_size)
         reader = "AutoModelForCausalLM and AutoTokenizer"
     tokenizer.save_pretrained(folder)
-    print(f"wrote {folder} (for {reader})")
+    show(f"wrote {folder} (for {reader})")
     if tokenizer.description["kind"] in ("bpe", "char", "symbols"):
         print("llama.cpp's converter does not know this tokenizer: it takes those of published models only")
     if tokenizer.eot is None:
@@ -170,7 +193,7 @@ def export_model(folder):
 
 
 def compare_with_base(x):
-    """Print loss and samples that continue x, (1, T), of the base and of the adapter, in two columns."""
+    """Print loss and samples that continue x (1, T), of the base and of the adapter, in two columns."""
     # up to 256 windows spread over the validation split
     with usage_errors():
         data = Dataset(os.path.join("data", dataset))
@@ -207,15 +230,12 @@ def wrap(text, width):
 def stream_to_page(prompt, temperature, top_k, top_p, length, stop):
     """Yield prompt and text so far, and tokens per second."""
     yield prompt, ""  # gradio can cancel only what has yielded, and the first token may take long
-    options = sampling | dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=None)
+    options = sampling | dict(temperature=temperature, top_k=top_k, top_p=top_p)
     text, begin = "", time.perf_counter()
     try:
-        for n, piece in enumerate(stream_text(encode(prompt or start), length, options), 1):
+        for n, piece in enumerate(stream_text(encode(prompt or start), length, stop, options), 1):
             text += piece
-            parts = text.split(stop) if stop else [text]
-            yield prompt + parts[0], f"{min(n, length) / (time.perf_counter() - begin):.1f} tokens/s"
-            if len(parts) > 1:
-                return
+            yield prompt + text, f"{min(n, length) / (time.perf_counter() - begin):.1f} tokens/s"
     except ValueError as e:
         raise gr.Error(str(e), print_exception=False) from None
 
@@ -241,14 +261,16 @@ def serve_page():
         triggers = [generate_button.click, prompt.submit, options[-1].submit]
         run = gr.on(
             triggers, stream_to_page, [prompt, *options], [text, speed],
-            api_name="generate", concurrency_limit=8, show_progress_on=speed,
+            api_name="generate", concurrency_limit=None, show_progress_on=speed,
         )  # fmt: skip
         stop_button.click(None, cancels=run)
 
     os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},127.0.0.1"  # gradio requests its own page
+    # other sites must not reach it by a domain name that they point to 127.0.0.1
+    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     with usage_errors():
-        local = dict(server_name="127.0.0.1", share=False, run_history=False, footer_links=[])
-        page.launch(**local, quiet=True, prevent_thread_lock=True)
+        local = dict(server_name="127.0.0.1", share=False, run_history=False, footer_links=[], max_file_size=0)
+        page.launch(**local, app_kwargs={"middleware": [trusted]}, quiet=True, prevent_thread_lock=True)
     print(f"open {page.local_url} in a browser; Ctrl-C ends it", flush=True)
     try:
         page.server.thread.join()
@@ -287,10 +309,10 @@ if compare:
     compare_with_base(x)
 elif stream:
     for _ in range(num_samples):
-        print(start, end="")
+        show(start, end="")
         print_stream(x)
         print("---------------")
 else:
     for text in generate_texts(x):
-        print(text)
+        show(text)
         print("---------------")

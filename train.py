@@ -239,7 +239,7 @@ dataset_tokenizer = data.tokenizer or assumed_tokenizer(data.vocab_size)
 model_tokenizer = checkpoint.get("tokenizer") if checkpoint else None
 with usage_errors():
     if init_from != "scratch" and not checkpoint:
-        model_tokenizer = from_hub(init_from)
+        model_tokenizer = from_hub(init_from) or from_hub(gpt.adapter_base(init_from))
     tokenizer_description = model_tokenizer or dataset_tokenizer
     if dataset_tokenizer and not same_tokens(tokenizer_description, dataset_tokenizer):
         fail(
@@ -257,7 +257,7 @@ if tokenizer_description:
     try:
         tokenizer = from_description(tokenizer_description)
     except ValueError as e:
-        print(f"rank {rank}: no bits per byte and no samples: {e}", file=sys.stderr)
+        print(for_terminal(f"rank {rank}: no bits per byte and no samples: {e}"), file=sys.stderr)
 if any_rank(tokenizer is None, device):  # a node without network may lack what the others have
     tokenizer = None
 else:
@@ -509,7 +509,7 @@ def sample_text():
     if deterministic:
         torch.use_deterministic_algorithms(True)
     raw_model.train()
-    return for_terminal(tokenizer.decode(ids[0].tolist()))
+    return tokenizer.decode(ids[0].tolist())
 
 
 def eval_line(losses):
@@ -670,9 +670,11 @@ class Run:
             "tokenizer": tokenizer_description,
             "wandb_id": self.wandb_id,
         }
-        # adapters need their settings, and resuming needs the optimizer
+        # adapters need their settings, exports what was imported, and resuming the optimizer
         if raw_model.lora:
             state["lora"] = raw_model.lora
+        if raw_model.hub:
+            state["hub"] = raw_model.hub
         if name == LATEST:
             state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         if copied:
@@ -770,12 +772,12 @@ print0(
 )
 if not eval_only:
     batch = f"{gradient_accumulation_steps} x {batch_size} x {block_size}"
-    print0(f"run {max_iters:,} steps of {tokens_per_iter:,} tokens ({batch}), {epochs:.3g} epochs")
+    warmup = ", all of them warmup" if decay_lr and 0 < max_iters <= warmup_iters else ""
+    print0(f"run {max_iters:,} steps of {tokens_per_iter:,} tokens ({batch}), {epochs:.3g} epochs{warmup}")
     decays = decay_lr and lr_schedule != "constant"
     warnings = {
         "more than 4 epochs over the training data: expect diminishing returns": epochs > 4,
         "min_lr exceeds learning_rate": decays and min_lr > learning_rate,
-        "warmup_iters >= max_iters: learning_rate is never reached": decay_lr and 0 < max_iters <= warmup_iters,
         "lr_decay_iters <= warmup_iters: no decay": decays and 0 < lr_decay_iters <= warmup_iters < max_iters,
         "lr_decay_iters exceeds max_iters: min_lr is never reached": decays and 0 < max_iters < lr_decay_iters,
     }
@@ -790,16 +792,18 @@ elif iter_num >= max_iters and not eval_only:
 try:
     exit_code = train()
 except Exception as e:
-    if isinstance(e, DataError):
-        print(f"error: {e}", file=sys.stderr)
-        exit_code = 2
-    elif stop_signal.received:  # Ctrl-C also ends the compiler of torch.compile
-        exit_code = 128 + stop_signal.received
-    else:
+    # after a signal, any error ends the run in order: Ctrl-C also ends other processes, such as the compiler
+    if not isinstance(e, DataError) and not stop_signal.received:
         raise
-    if distributed:  # the other ranks wait in a collective: leave, and torchrun stops them
+    exit_code = 2 if isinstance(e, DataError) else 128 + stop_signal.received
+    print(for_terminal(f"error: {first_line(e)}"), file=sys.stderr)
+    if use_fsdp:  # a save needs all ranks, but they wait in another collective: leave, and torchrun stops them
+        run.writer.wait()
         run.close(exit_code)
         configurator.exit_now(exit_code, distributed)
+    if distributed:
+        dist.destroy_process_group()
+    # without the other ranks, save the state after the last whole step
     if iter_num > run.saved_iter and not eval_only:
         run.save(LATEST)
 run.wait()
@@ -808,14 +812,16 @@ run.wait()
 if exit_code != 3 and run.saved_iter < iter_num:
     exit_code = 1
     print0(f"could not save the state of step {iter_num}")
+elif eval_only:
+    pass
 elif exit_code == 2 and run.saved_iter:
     print0(f"stopped at step {iter_num}: prepare the dataset again, then {resume}")
 elif exit_code > 128:
     print0(f"stopped at step {iter_num}" + (f"; to continue: {resume}" if run.saved_iter else ""))
-elif exit_code == 0 and iter_num > 0 and not eval_only:
+elif exit_code == 0 and iter_num > 0:
     print0(f"done: {iter_num} steps, best val loss {run.best_val_loss:.4f}; python sample.py {out_flag}")
 run.close(exit_code)
-if distributed:
+if dist.is_initialized():
     dist.barrier()  # a rank that exits while another one saves can bring it down
     dist.destroy_process_group()
 configurator.exit_now(exit_code, distributed)

@@ -28,6 +28,8 @@ import sys
 import tempfile
 from typing import NamedTuple
 
+from data.tokenizer import for_terminal
+
 HUB = "hf://"  # prefix of files on the Hugging Face Hub
 LONGEST = 1 << 22  # characters; a longer text is several documents
 END_OF_TEXT = "<|endoftext|>"  # separates documents in text files
@@ -223,7 +225,8 @@ def read_json(file, column):
     if not file.peek(64).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
         yield from read_jsonl(file, column)
         return
-    for number, row in enumerate(json.load(decode(file)), 1):
+    file = decode(file)
+    for number, row in enumerate(json.load(file), 1):
         yield f"row {number}", row, 0
 
 
@@ -260,10 +263,10 @@ def read_csv(file, column, delimiters=",;\t|"):
             del lines[1:]
             fields = lines[0].rstrip("\r\n").split("\t") if delimiter == "\t" else []
             if len(fields) != len(columns):
-                yield f"line {number}", None, len(lines[0].encode())
+                yield f"line {number}", None, len("".join(lines).encode())
                 continue
         if fields:  # not an empty line
-            yield f"line {number}", dict(zip(columns, fields, strict=True)), sum(map(len, lines))
+            yield f"line {number}", dict(zip(columns, fields, strict=True)), len("".join(lines).encode())
 
 
 def read_tsv(file, column):
@@ -375,13 +378,14 @@ def find_in_folder(folder):
             continue
         entered.add(os.path.realpath(parent))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in names:
+        for name in sorted(names):
             if not name.startswith("."):
                 is_text = extension(name) in READERS and not name.lower().endswith(".json")
                 found[is_text].append(os.path.join(parent, name))
     if found[False]:
         read, left_out = count_endings(found[True]), count_endings(found[False])
-        print(f"{folder}: reading {read or 'nothing'}; left out {left_out} (to read them, use '{folder}/**/*.py')")
+        example = f"to read them, use '{folder}/**/*.py'"
+        print(for_terminal(f"{folder}: reading {read or 'nothing'}; left out {left_out} ({example})"))
     return found[True]
 
 
@@ -401,7 +405,7 @@ def by_name(folder, found, split):
     if "train" not in files or len(files.keys() - {"other"}) == 1:
         return {split: found}
     counts = ", ".join(f"{len(paths)} {name}" for name, paths in files.items())
-    print(f"{folder}: {counts} files by their names; only train and validation are read")
+    print(for_terminal(f"{folder}: {counts} files by their names; only train and validation are read"))
     return {"train": files["train"], "val": files["validation"]} if files["validation"] else {split: files["train"]}
 
 

@@ -29,9 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from data.documents import fraction
 from data.shards import PREPARING, Dataset, FolderLock, Tokens, read_json, read_meta
-from data.tokenizer import from_description, from_name, with_special_tokens
+from data.tokenizer import for_terminal, from_description, from_name, with_special_tokens
 
 # -----------------------------------------------------------------------------
 # the command line of a prepare.py
@@ -70,7 +69,7 @@ def prepare_script(doc, *names, **defaults):
         print("interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
     except (OSError, ValueError) as e:
-        print("error:", " ".join(str(e).split()), file=sys.stderr)
+        print("error:", for_terminal(" ".join(str(e).split())), file=sys.stderr)
         sys.exit(2)
 
 
@@ -157,7 +156,7 @@ def write_dataset(folder, corpus, args, source):
             state.meta = encode(folder, corpus, args, state) | {"source": source, "recipe": state.recipe}
             for name, n in state.meta["left_out"].items():
                 hint = f" (first: {corpus.first_bad})" if name == "bad rows" else ""
-                print(f"{'left out' if 'rows' in name else 'not text'}: {n:,} {name}{hint}")
+                print(for_terminal(f"{BAD[name]}: {n:,} {name}{hint}"))
         finish(folder, state)
 
 
@@ -198,7 +197,7 @@ def begin(folder, recipe, force):
             print(f"{folder} is complete: {n_train:,} + {n_val:,} tokens; use --force to prepare it again")
             return None
         except (OSError, ValueError) as e:
-            print(f"preparing it again: {e}")
+            print(for_terminal(f"preparing it again: {e}"))
     return State(recipe)
 
 
@@ -211,7 +210,7 @@ def finish(folder, state):
         path = os.path.join(folder, os.path.basename(name))
         if os.path.exists(path + ".tmp"):
             os.replace(path + ".tmp", path)
-        print(f"{path}: {files[name]['tokens']:,} tokens")
+        print(for_terminal(f"{path}: {files[name]['tokens']:,} tokens"))
     remove_others(folder, files)
     if state.meta["tokenizer"]["kind"] == "char":  # nanoGPT's scripts read the vocabulary from here
         characters = state.meta["tokenizer"]["characters"]
@@ -250,9 +249,23 @@ def sha256_of(path):
 # from documents to batches of tokens
 
 BATCH = 1 << 18  # characters that a thread tokenizes at once
+LONG = 1 << 12  # characters of the part for validation that make a document long
 
 
-def read_after(corpus, state, limit, encode):
+def fraction(text, i):
+    """Return the i-th of two numbers from 0 to 1 that depend only on the text. Example: "abc", 0 -> 0.1701"""
+    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).digest()
+    return int.from_bytes(digest[8 * i : 8 * i + 8], "little") / 2**64
+
+
+def split_of(text, val_share):
+    """Choose the split of a text, "both" for a long one. Example: "abc", 0.1 -> "train" """
+    if len(text) * min(val_share, 1 - val_share) >= LONG:
+        return "both"
+    return "val" if fraction(text, 0) < val_share else "train"
+
+
+def read_after(corpus, state, limit):
     """Yield (piece, position) after `state`, until there are `limit` documents.
 
     position: part, pieces and counts of the state that goes on after this piece
@@ -261,7 +274,7 @@ def read_after(corpus, state, limit, encode):
     documents, done = sum(state.documents.values()), state.pieces
     for part in range(state.part, len(corpus.parts)):
         counts = dict(corpus.counts)
-        for n, piece in enumerate(corpus.pieces(part, encode), 1):
+        for n, piece in enumerate(corpus.pieces(part), 1):
             if n > done:
                 yield piece, (part, n, counts)
                 documents += piece.ends
@@ -270,28 +283,35 @@ def read_after(corpus, state, limit, encode):
         done = 0
 
 
-def read(corpus, args, state, title, encode=None):
-    """Yield (piece, position) after `state`, as the args say, and show a progress bar."""
+def read(corpus, args, state, title):
+    """Yield (piece, split, position) after `state`, as the args say, and show a progress bar."""
     unit = {"total": corpus.size(state.part), "unit": "B"}
     if args.num_samples:
         unit = {"total": args.num_samples, "initial": sum(state.documents.values()), "unit": " documents"}
     interval = 0.2 if sys.stderr.isatty() else 60  # seconds
     with tqdm(desc=title, unit_scale=True, mininterval=interval, **unit) as bar:
-        for piece, position in read_after(corpus, state, args.num_samples or math.inf, encode):
-            yield piece, position
+        for piece, position in read_after(corpus, state, args.num_samples or math.inf):
+            yield piece, piece.split or split_of(piece.text, args.val_share), position
             bar.update(piece.ends if args.num_samples else corpus.bytes_read - bar.n)
             corpus.check(final=False)
     corpus.check(final=True)
 
 
+def border_of(text, val_share):
+    """Return where the last val_share of a text begins, before a space if one is near. Example: "a bc", 0.5 -> 1"""
+    border = round(len(text) * (1 - val_share))
+    space = text.rfind(" ", max(0, border - 1000), border)
+    return space if space > 0 else border
+
+
 def batches(pieces, begins=True):
-    """Group what read() yields into (position, [(piece, whether a document begins, splits in which it ends)])."""
+    """Group what read() yields into (position, [(piece, split, whether a document begins, splits where it ends)])."""
     batch, size = [], 0
-    for (piece, position), following in itertools.pairwise(itertools.chain(pieces, [None])):
-        ends = [piece.split] if piece.ends else []
-        if piece.ends and piece.cut and following:  # its part in train ends too, if anything follows
-            ends.append("train")
-        batch.append((piece, begins, ends))
+    for (piece, split, position), following in itertools.pairwise(itertools.chain(pieces, [None])):
+        ends = [split] if piece.ends else []
+        if split == "both":  # the part for training is not the end, but separates it from what follows
+            ends = ["train", "val"] if following else ["val"]
+        batch.append((piece, split, begins, ends))
         begins = piece.ends
         size += len(piece.text)
         if size >= BATCH or following is None:
@@ -299,19 +319,25 @@ def batches(pieces, begins=True):
             batch, size = [], 0
 
 
-def encode_batch(tokenizer, item):
-    """Return {split: ids (n,)} of what batches() yields."""
+def encode_batch(tokenizer, lengths, val_share, item):
+    """Return {split: ids (n,)} of what batches() yields.
+
+    A document in both splits is tokenized whole, and its ids are cut where as many bytes follow as in the text.
+    lengths: bytes per token (vocab_size,)
+    """
     _, batch = item
     begin = [] if tokenizer.special_tokens is None else tokenizer.bos  # an older version went on without it
     end = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
-    encoded = tokenizer.encode_documents([piece.before + piece.text for piece, *_ in batch])
-    contexts = iter(tokenizer.encode_documents([piece.before for piece, *_ in batch if piece.before]))
-    parts = {}
-    for (piece, begins, ends), ids in zip(batch, encoded, strict=True):
-        ids = ids[len(next(contexts)) :] if piece.before else ids
-        parts.setdefault(piece.split, []).extend([begin if begins else [], ids])
-        for split in ends:
-            parts.setdefault(split, []).append(end)
+    parts = collections.defaultdict(list)
+    encoded = tokenizer.encode_documents([piece.text for piece, *_ in batch])
+    for (piece, split, begins, ends), ids in zip(batch, encoded, strict=True):
+        ids_of = {split: ids}
+        if split == "both":
+            n_bytes = len(piece.text[border_of(piece.text, val_share) :].encode())
+            n_val = np.searchsorted(np.cumsum(lengths[ids][::-1]), n_bytes, side="right")
+            ids_of = {"train": ids[: len(ids) - n_val], "val": ids[len(ids) - n_val :]}
+        for i, name in enumerate(ids_of):
+            parts[name] += [begin if begins and i == 0 else [], ids_of[name], end if name in ends else []]
     return {split: np.concatenate(ids).astype(np.int64) for split, ids in parts.items()}
 
 
@@ -332,8 +358,8 @@ def in_order(function, items, workers):
 # from batches to token files, with a tokenizer that may be learned from the text
 
 SAVE_EVERY = 3  # seconds
-LEFT_OUT = ("bad rows", "bytes of bad rows", "undecodable bytes", "NUL bytes")
-WORD = 1 << 12  # characters of a word that a vocabulary is learned from; learning from a million takes forever
+BAD = {"bad rows": "left out", "bytes of bad rows": "left out", "undecodable bytes": "replaced", "NUL bytes": "kept"}
+WORD = 1 << 12  # characters of the longest word to learn from; a million would take forever
 
 
 def load_tokenizer(name, texts=None):
@@ -347,10 +373,13 @@ def sample_texts(corpus, args, size):
     """Yield texts to make a tokenizer from: about `size` characters for training, or all documents for None."""
     share = 1 if size is None or args.num_samples else size / max(1, corpus.size())
     characters = 0
-    for piece, _ in read(corpus, args, State({}), f"reading for {args.tokenizer}"):
-        if size is None or piece.split == "train" and fraction(piece.text, 1) < share:
-            characters += len(piece.text)
-            yield from re.findall(rf"(?s).{{,{WORD - 1}}}\S(?=\s\S)|.{{1,{WORD}}}", piece.text)  # cut before spaces
+    for piece, split, _ in read(corpus, args, State({}), f"reading for {args.tokenizer}"):
+        text = piece.text
+        if split == "both" and size is not None:
+            text, split = text[: border_of(text, args.val_share)], "train"
+        if size is None or split == "train" and fraction(text, 1) < share:
+            characters += len(text)
+            yield from (text[i : i + WORD] for i in range(0, len(text), WORD))
         if size is not None and characters > size:  # compressed files have more characters than bytes
             break
 
@@ -383,20 +412,15 @@ def encode(folder, corpus, args, state):
     if 0 in state.tokens.values():
         if not corpus.by_share:
             raise ValueError(f"the input for {min(state.tokens, key=state.tokens.get)} contains no text")
-        share = max(args.val_share, 0.1)
-        print(f"too few documents to split; using the last {share:.0%} of the tokens for validation")
-        files.split_last(share)
+        print("too few documents to split; using the last 10 % of the tokens for validation")
+        files.split_last_tenth()
         state.documents = {}
     files.sync()
     share = state.tokens["val"] / sum(state.tokens.values())
-    if (
-        corpus.by_share
-        and state.documents
-        and abs(share - args.val_share) > min(args.val_share, 1 - args.val_share) / 2
-    ):
-        unequal = "documents are few or differ much in length"
+    if corpus.by_share and state.documents and not 0.5 < share / args.val_share < 1.5:
+        reason = "documents are few or differ much in length"
         print(
-            f"WARNING: {share:.1%} of the tokens are val, not --val_share={args.val_share}: {unequal}", file=sys.stderr
+            f"WARNING: {share:.1%} of the tokens are val, not --val_share={args.val_share}: {reason}", file=sys.stderr
         )
 
     # describe them
@@ -405,7 +429,7 @@ def encode(folder, corpus, args, state):
         "dtype": files.dtype.name,
         "tokenizer": state.tokenizer,
         "documents": state.documents,
-        "left_out": {name: corpus.counts[name] for name in LEFT_OUT if corpus.counts[name]},
+        "left_out": {name: corpus.counts[name] for name in BAD if corpus.counts[name]},
         "files": {name: {"tokens": n, "sha256": sha256_of(files.path(name))} for name, n in files.sizes().items()},
     }
 
@@ -413,17 +437,18 @@ def encode(folder, corpus, args, state):
 def write_documents(corpus, args, state, tokenizer, files):
     """Tokenize and write the documents after `state`; update it, and save it every SAVE_EVERY seconds."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    tokenize = functools.partial(encode_batch, tokenizer)
+    lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    tokenize = functools.partial(encode_batch, tokenizer, lengths, args.val_share)
     state.save(files.folder)
     saved = time.monotonic()
-    with contextlib.closing(read(corpus, args, state, "preparing", tokenizer.encode_documents)) as pieces:
+    with contextlib.closing(read(corpus, args, state, "preparing")) as pieces:
         for item, ids in in_order(tokenize, batches(pieces, state.begins), args.workers or cores):
             for split in ids:
                 files.write(split, ids[split])
             position, batch = item
             state.part, state.pieces, state.counts, state.begins = position
-            for piece, *_ in batch:
-                state.documents["train" if piece.cut else piece.split] += piece.ends
+            for piece, split, *_ in batch:
+                state.documents["train" if split == "both" else split] += piece.ends
             if time.monotonic() - saved > SAVE_EVERY:
                 files.sync()
                 state.save(files.folder)
@@ -484,15 +509,15 @@ class TokenFiles:
                 os.fsync(f.fileno())
         self.unsynced.clear()
 
-    def split_last(self, share):
-        """Move the last share of the tokens to val, if only one split has any. After a kill, recover() may fail."""
+    def split_last_tenth(self):
+        """Move the last 10 % of the tokens to val, if only one split has any. After a kill, recover() may fail."""
         self.sync()
         for name in self.sizes():
             os.replace(self.path(name), self.path(name.replace("val", "train")))
         n = sum(self.tokens.values())
         self.tokens.update(train=n, val=0)
         train = Tokens({self.path(name): (self.dtype, 0, size) for name, size in self.sizes().items()})
-        start = max(1, min(n * 9 // 10, int(n * (1 - share))))
+        start = max(1, n * 9 // 10)
         for i in range(start, n, 1 << 20):
             self.write("val", train.read(i, min(1 << 20, n - i)))
         self.tokens["train"] = start

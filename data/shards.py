@@ -347,16 +347,16 @@ def eval_windows(n_tokens, block_size, count):
 
 def show(folder):
     """Print what a dataset contains: tokenizer, source, sizes, beginning and most frequent tokens. Check its ids."""
-    from data.tokenizer import assumed_tokenizer, from_description
+    from data.tokenizer import assumed_tokenizer, for_terminal, from_description
 
     data, meta = Dataset(folder), read_json(os.path.join(folder, "meta.json")) or {}
     description = data.tokenizer or assumed_tokenizer(data.vocab_size)
     tokenizer = from_description(description) if description else None
     name = description.get("name", description["kind"]) if description else "unknown"
-    print(f"tokenizer: {name}, source: {meta.get('source', 'unknown')}")
+    print(for_terminal(f"tokenizer: {name}, source: {meta.get('source', 'unknown')}"))
     for split in ("train", "val"):
         tokens, documents = data.split(split), meta.get("documents", {}).get(split) or "unknown"
-        print(f"{split}: {len(tokens):,} tokens, files: {len(tokens.paths)}, documents: {documents}")
+        print(for_terminal(f"{split}: {len(tokens):,} tokens, files: {len(tokens.paths)}, documents: {documents}"))
         tokens.check(1, data.vocab_size or tokenizer.vocab_size)
         ids = tokens.read(0, min(len(tokens), 1 << 20)).tolist()
         frequent = [i for i, _ in collections.Counter(ids).most_common(10)]
@@ -374,5 +374,7 @@ if __name__ == "__main__":
             raise ValueError("usage: python data/shards.py FOLDER")
         show(sys.argv[1])
     except (OSError, ValueError) as e:
-        print("error:", e, file=sys.stderr)
+        from data.tokenizer import for_terminal
+
+        print("error:", for_terminal(str(e)), file=sys.stderr)
         sys.exit(2)

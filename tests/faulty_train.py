@@ -1,5 +1,6 @@
 """
-train.py with injected faults. FAULTS=backward,save,evaluate,nan,hang: one per start by torchrun, on rank 1 except save.
+train.py with injected faults. FAULTS=backward,save,evaluate,nan,hang,interrupt: one per start by torchrun, on rank 1
+except save.
 """
 
 import os
@@ -35,6 +36,10 @@ def faulty_forward(self, *args, **options):
     if fault == "hang" and here:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10**6)
+    if fault == "interrupt" and calls[True] == 8:  # as Ctrl-C during compilation
+        os.kill(os.getpid(), signal.SIGINT)
+        if here:
+            raise RuntimeError("the compiler was interrupted")
     logits, loss = forward(self, *args, **options)
     if fault == "nan" and here:
         loss = loss * float("nan")

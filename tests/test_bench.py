@@ -96,6 +96,8 @@ def test_generation_of_a_checkpoint_with_int8_weights(script, bench, tiny, tmp_p
     "flags, message",
     [
         (["--batch_size=0"], "--batch_size must be at least 1"),
+        (["--seconds=-1"], "--seconds must be at least 0"),
+        (["--position=rope", "--rope_theta=0"], "rope_theta must be at least 1"),
         (["--classic=nowhere"], "No such file or directory"),
         (["--compare=nowhere.py"], "no config file nowhere.py"),
         (["--compare=gpt3"], "no config file gpt3"),

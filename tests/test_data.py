@@ -371,6 +371,11 @@ def test_show_prints_what_a_dataset_contains(tiny, tmp_path, capsys):
     out = capsys.readouterr().out
     for part in ("tokenizer: char", "source: a test", "train: 4,400 tokens, files: 1", "'Call me Ishmael", "[' ', 'e'"):
         assert part in out
+    other = shutil.copytree(tiny, tmp_path / "other")
+    meta = json.loads((other / "meta.json").read_text())
+    (other / "meta.json").write_text(json.dumps(meta | {"source": "a\x1b[2J", "documents": {"train": "\x1b[2J"}}))
+    show(str(other))
+    assert "source: a\ufffd[2J" in (escaped := capsys.readouterr().out) and "\x1b" not in escaped
     command = [sys.executable, ROOT / "data" / "shards.py"]
     assert subprocess.run([*command, tiny], capture_output=True, text=True).stdout == out
     nowhere = subprocess.run([*command, tmp_path], capture_output=True, text=True)

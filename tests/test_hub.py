@@ -8,7 +8,15 @@ import pytest
 import torch
 import transformers
 from conftest import TEXT, options
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from data.tokenizer import CharTokenizer, from_description, from_hub, from_name, same_tokens
 from model import (
@@ -19,6 +27,7 @@ from model import (
     from_pretrained,
     get_num_params,
     hf_parts,
+    open_checkpoint,
     read_checkpoint,
     save_pretrained,
     to_hf_config,
@@ -41,6 +50,10 @@ CONFIGS = {
     "llama, tied, biases": LlamaConfig(**LLAMA, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     "llama, stretched": LlamaConfig(**LLAMA, rope_parameters=STRETCHED),
     "llama, wide heads": LlamaConfig(**{**LLAMA, "num_key_value_heads": 4}, head_dim=12),
+    "llama, biases of attention": LlamaConfig(**LLAMA, attention_bias=True),
+    "mistral": MistralConfig(**LLAMA, sliding_window=None),
+    "mistral, a window": MistralConfig(**{**LLAMA, "max_position_embeddings": 256}, sliding_window=128),
+    "qwen2": Qwen2Config(**LLAMA),
     "qwen3": Qwen3Config(**LLAMA, head_dim=16),
     "qwen3, tied": Qwen3Config(**LLAMA, head_dim=8, tie_word_embeddings=True),
 }
@@ -53,7 +66,9 @@ def random_model(config):
     for p in model.parameters():
         if p.dim() == 1:
             torch.nn.init.normal_(p, mean=0.5, std=0.3)
-    model.generation_config.eos_token_id = None
+    # settings that go out as they came in; no end token, so that texts have a fixed length
+    model.config.pad_token_id, model.config.initializer_range = 5, 0.03
+    model.generation_config = transformers.GenerationConfig(bos_token_id=3, pad_token_id=5, repetition_penalty=1.1)
     return model
 
 
@@ -65,18 +80,68 @@ def test_import_and_export_keep_logits_and_text(name, tmp_path):
     idx = torch.randint(99, (2, 40))
     with torch.no_grad():
         torch.testing.assert_close(ours(idx, idx)[0], theirs(idx).logits, atol=1e-5, rtol=0)
-    text = theirs.generate(idx, attention_mask=torch.ones_like(idx), max_new_tokens=64, do_sample=False)
+    options = dict(max_new_tokens=64, do_sample=False, repetition_penalty=1.0, eos_token_id=None)
+    text = theirs.generate(idx, attention_mask=torch.ones_like(idx), **options)
     assert torch.equal(ours.generate(idx, 64, temperature=0), text)
 
     save_pretrained(ours, str(tmp_path / "out"), eot=7)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert type(again) is type(theirs) and again.config.eos_token_id == again.generation_config.eos_token_id == 7
+    is_llama = name.startswith(("mistral", "qwen2"))  # Llama has what these have
+    assert type(again) is (transformers.LlamaForCausalLM if is_llama else type(theirs))
+    assert again.generation_config.to_dict() == theirs.generation_config.to_dict()
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id") + (() if is_llama else ("initializer_range",)):
+        assert getattr(again.config, key) == getattr(theirs.config, key)
     with torch.no_grad():
         assert torch.equal(again(idx).logits, theirs(idx).logits)
     same = from_pretrained(str(tmp_path / "out"))
     assert same.config == ours.config
     for key, value in ours.state_dict().items():
         assert torch.equal(same.state_dict()[key], value), key
+
+
+def test_weights_of_the_base_model_alone_are_read(tmp_path):
+    theirs = random_model(CONFIGS["llama, tied, biases"])
+    theirs.save_pretrained(tmp_path)
+    weights = {key.removeprefix("model."): value for key, value in theirs.model.state_dict().items()}
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    idx = torch.randint(99, (2, 40))
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        torch.testing.assert_close(from_pretrained(str(tmp_path))(idx, idx)[0], expected, atol=1e-5, rtol=0)
+
+
+def test_adapter_folder_is_merged_into_its_base(tmp_path):
+    peft = pytest.importorskip("peft")
+    base = random_model(CONFIGS["llama"])
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    idx = torch.randint(99, (2, 40))
+    assert open_checkpoint(str(tmp_path / "adapter")) == (None, None)
+    with torch.no_grad():
+        logits = from_pretrained(str(tmp_path / "adapter"))(idx, idx)[0]
+        torch.testing.assert_close(logits, theirs(idx).logits, atol=1e-5, rtol=0)
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(OSError, match="names no base model"):
+        from_pretrained(str(tmp_path / "adapter"))
+
+
+def test_export_has_a_row_per_token_of_the_tokenizer(tmp_path):
+    ours = GPT(GPTConfig(block_size=16, vocab_size=1088, n_layer=1, n_head=2, n_embd=16)).eval()
+    save_pretrained(ours, str(tmp_path), eot=1049, vocab_size=1050)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert theirs.lm_head.weight.shape == (1050, 16) and theirs.generation_config.eos_token_id == 1049
+    idx = torch.randint(1050, (2, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, ours(idx, idx)[0][..., :1050], atol=1e-5, rtol=0)
+        again = from_pretrained(str(tmp_path))
+        assert torch.equal(again(idx, idx)[0], ours(idx, idx)[0][..., :1050])
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1  # the weights as readable as the rest
+    save_pretrained(ours, str(tmp_path), vocab_size=1000)  # other reasons for more rows than tokens
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight.shape == (1088, 16)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(bias=False), dict(bias=False, mlp="gelu_tanh")])
@@ -143,7 +208,7 @@ def test_sharded_and_bin_files_are_read(shards, tmp_path):
         (transformers.GemmaConfig(), "unsupported model type gemma"),
         (Qwen3Config(**LLAMA, use_sliding_window=True, sliding_window=8), "use_sliding_window=True"),
         (Qwen3Config(**LLAMA, attention_bias=True), "attention_bias=True"),
-        (LlamaConfig(**LLAMA, hidden_act="gelu", attention_bias=True), "hidden_act=gelu, mlp_bias=False"),
+        (LlamaConfig(**LLAMA, hidden_act="gelu"), "hidden_act=gelu"),
         (LlamaConfig(**LLAMA, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)), "linear"),
         (GPT2Config(**GPT2, activation_function="relu"), "activation_function=relu"),
         (GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
@@ -338,7 +403,7 @@ def test_end_of_text_is_found_where_transformers_finds_it(tmp_path, config, mode
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token_id == 299
 
 
-def test_transformers_folder_is_finetuned_and_exported(script, tiny_run, tiny, tmp_path, monkeypatch):
+def test_transformers_folder_is_finetuned_and_exported(script, tiny_run, tiny, tmp_path):
     theirs = random_model(LlamaConfig(**{**LLAMA, "vocab_size": 300}))
     theirs.save_pretrained(tmp_path / "in")
     fast = byte_tokenizer(tmp_path / "in")
@@ -363,16 +428,23 @@ def test_transformers_folder_is_finetuned_and_exported(script, tiny_run, tiny, t
     result = script("sample.py", f"--init_from={tiny_run.out / LATEST}", f"--export={tmp_path / 'hub'}")
     assert result.code == 0, result.err
     again, fast_again = (c.from_pretrained(tmp_path / "hub") for c in (AutoModelForCausalLM, AutoTokenizer))
-    assert type(again).__name__ == "LlamaForCausalLM" and again.config.eos_token_id == 1
+    assert type(again).__name__ == "LlamaForCausalLM" and again.config.eos_token_id == theirs.config.eos_token_id
     assert again.config.max_position_embeddings == 128  # though trained on 16 tokens at a time
     assert fast_again("Call me")["input_ids"] == fast("Call me")["input_ids"]
     text = "Call me"
     x = fast_again(text, return_tensors="pt")["input_ids"]
-    monkeypatch.setattr(again.generation_config, "eos_token_id", None)
-    expected = fast_again.decode(again.generate(x, max_new_tokens=9, do_sample=False)[0])
+    ids = again.generate(x, max_new_tokens=9, do_sample=False, repetition_penalty=1.0)[0]
+    expected = fast_again.decode(ids)
     for source in (f"--init_from={tiny_run.out / LATEST}", f"--init_from={tmp_path / 'hub'}"):
         flags = [f"--start={text}", "--temperature=0", "--num_samples=1", "--max_new_tokens=9", "--dtype=float32"]
         assert script("sample.py", source, *flags, "--device=cpu").out == f"{expected}\n---------------\n"
+    # generation ends at any of the model's end tokens
+    path = tmp_path / "hub" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [299, ids[-4].item()]}))
+    end = ids.tolist().index(ids[-4], x.size(1))
+    for extra in ([], ["--stream"]):
+        ended = script("sample.py", source, *flags, *extra, "--device=cpu").out
+        assert ended.removeprefix("<s>") == f"{fast_again.decode(ids[1:end])}\n---------------\n"
 
 
 def test_export_dtype(script, finished_char_run, tmp_path):

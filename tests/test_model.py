@@ -141,12 +141,12 @@ def test_stream_ends_when_all_rows_are_finished():
     model, idx = small(), torch.randint(61, (4, 3))
     draw = lambda **extra: dict(generator=torch.Generator().manual_seed(3), **extra)  # noqa: E731
     free = model.generate(idx, 200, **draw())[:, 3:]
-    stop = int(free[0, 5])
+    stop = [int(free[0, 5]), int(free[1, 9])]
     stopped = model.generate(idx, 200, **draw(stop=stop))[:, 3:].tolist()
-    ends = [row.tolist().index(stop) for row in free]  # rows do not depend on what the others draw
+    ends = [next(i for i, token in enumerate(row) if token in stop) for row in free.tolist()]
     assert len(stopped[0]) == max(ends) + 1 < 200
-    for row, unstopped, end in zip(stopped, free.tolist(), ends, strict=True):
-        assert row[:end] == unstopped[:end] and set(row[end:]) == {stop}
+    for row, unstopped, end in zip(stopped, free.tolist(), ends, strict=True):  # rows do not depend on each other
+        assert row[: end + 1] == unstopped[: end + 1] and set(row[end + 1 :]) <= {stop[0]}
 
 
 def test_sample_next_respects_top_k_and_top_p():
@@ -436,6 +436,8 @@ def test_inconsistent_config_is_refused():
         (dict(position="rope", head_dim=7), "even head_dim, got 7"),
         (dict(n_head=3), "multiple of n_head"),
         (dict(n_layer=0), "n_layer must be at least 1"),
+        (dict(rope_theta=0.0), "rope_theta must be at least 1"),
+        (dict(n_kv_head=-1), "n_kv_head must be at least 0"),
         (dict(n_layer=10**12), "parameters: lower them"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,10 +1,13 @@
 """sample.py --serve, requested by gradio's own client."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 
 import pytest
 from conftest import ROOT
@@ -59,12 +62,40 @@ def test_visitors_see_their_mistakes(client, inputs, message):
         client.predict(**{"prompt": "Call", "length": 9} | inputs, api_name="/generate")
 
 
+def request(url, data=None, **headers):
+    """Return the status code and the text of an answer."""
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as e:
+        return e.code, e.read().decode()
+
+
+@pytest.mark.parametrize("host, code", [("127.0.0.1", 200), ("localhost:80", 200), ("a.com", 400), ("a.com:80", 400)])
+def test_only_names_of_this_machine_are_served(page, host, code):
+    assert [request(page[1] + path, Host=host)[0] for path in ("", "gradio_api/info")] == [code, code]
+
+
+def test_uploads_are_refused(page):
+    body = b'--B\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nx\r\n--B--\r\n'
+    code, text = request(page[1] + "gradio_api/upload", body, Content_Type="multipart/form-data; boundary=B")
+    assert code == 413 and "exceeded maximum allowed size of 0 bytes" in text
+
+
 def test_cancel_makes_room_for_others(client):
-    endless = [client.submit("Call", 1, 0, 0, 10**9, "", api_name="/generate") for _ in range(8)]  # as many as run
+    endless = [client.submit("Call", 1, 0, 0, 10**9, "", api_name="/generate") for _ in range(40)]  # as many as run
     for job in endless:
         next(iter(job))
         assert job.cancel()
     assert client.submit("Call me Ish", length=20, api_name="/generate").result(timeout=120)[0]
+
+
+def test_requests_that_nobody_reads_block_no_visitor(page, client):
+    endless = json.dumps({"data": ["Call", 1, 0, 0, 10**9, ""]}).encode()
+    for _ in range(8):
+        assert request(page[1] + "gradio_api/call/generate", endless, Content_Type="application/json")[0] == 200
+    assert client.submit("Call me Ish", length=20, api_name="/generate").result(timeout=60)[0]
 
 
 def test_ctrl_c_ends_the_page(page, client):

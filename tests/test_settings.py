@@ -210,6 +210,17 @@ def test_device_and_dtype(capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "given, spin_count", [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_spin_count_is_set_unless_the_user_has_set_it(monkeypatch, given, spin_count):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the module replaces
+    environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    monkeypatch.setattr(os, "environ", environment | given)
+    runpy.run_path(str(ROOT / "configurator.py"))
+    assert os.environ.get("GOMP_SPINCOUNT") == spin_count
+
+
 def run_process(*args, **options):
     return subprocess.run([sys.executable, *args], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
 
@@ -250,6 +261,14 @@ def test_report_error_is_one_line_for_users(capsys, error, message, code):
         configurator.report_error(type(error), error, None)
     err = capsys.readouterr().err
     assert e.value.code == code and message in err and err.count("\n") == 1
+
+
+def test_names_and_texts_cannot_control_the_terminal(capsys):
+    with pytest.raises(SystemExit), configurator.usage_errors():
+        raise ValueError("cannot read a\x1b[2J\x9b")
+    configurator.print0("a\x07\tb\x1b[2J")
+    out, err = capsys.readouterr()
+    assert err == "error: cannot read a\ufffd[2J\ufffd\n" and out == "a\ufffd\tb\ufffd[2J\n"
 
 
 def test_bugs_show_a_traceback(capsys):

@@ -400,6 +400,24 @@ def test_ctrl_c_during_compilation_saves(tiny_run, start_process, tmp_path):
     assert (tiny_run.out / "exit_code").read_text() == "130\n"
 
 
+def test_exception_after_a_signal_is_that_stop(train, tiny_run, finished, tmp_path, monkeypatch):
+    forward, calls = GPT.forward, iter(range(10**6))
+
+    def interrupted(self, *args, **options):
+        if self.training and next(calls) == 14:  # two micro-batches per step
+            os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError("the compiler was interrupted")
+        return forward(self, *args, **options)
+
+    out = f"--out_dir={tmp_path / 'stopped'}"
+    with monkeypatch.context() as patch:
+        patch.setattr(GPT, "forward", interrupted)
+        result = train(tiny_run.flags, out, "--eval_interval=1000", code=130)
+    assert "stopped at step 7; to continue" in result.out and "Traceback" not in result.err
+    train(tiny_run.flags, out, "--init_from=resume")
+    assert_same_state(finished, read_checkpoint(tmp_path / "stopped" / LATEST))
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc to see what is imported")
 @pytest.mark.parametrize("name", ["train.py", "sample.py", "bench.py"])
 def test_ctrl_c_during_the_import_of_torch_is_quiet(start_process, name):
@@ -841,6 +859,15 @@ def test_hanging_rank_is_named(torchrun, tiny_run):
     out, err = job.communicate(timeout=120)
     assert job.returncode == 1 and "error: rank 1 of 2 does not respond" in err, err
     assert not (tiny_run.out / "exit_code").exists()
+
+
+def test_exception_on_one_rank_after_a_signal_saves(torchrun, tiny_run):
+    flags = [*tiny_run.flags, "--eval_interval=1000"]
+    job = torchrun("tests/faulty_train.py", *flags, env={"FAULTS": "interrupt"})
+    out, err = job.communicate(timeout=120)
+    assert job.returncode == 1 and "stopped at step 7; to continue" in out, err
+    assert read_checkpoint(tiny_run.out / LATEST)["iter_num"] == 7
+    assert (tiny_run.out / "exit_code").read_text() == "130\n"
 
 
 def test_torchrun_sigterm_saves_and_writes_exit_code(torchrun, tiny_run, tmp_path):

@@ -3,12 +3,15 @@
 import importlib.util
 import json
 import math
+import os
 import re
+import runpy
+import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import assert_same_state, metrics
+from conftest import ROOT, assert_same_state, metrics
 
 from data.shards import Dataset
 from model import BEST, LATEST, from_checkpoint, read_checkpoint
@@ -198,7 +201,6 @@ def test_environment_sets_defaults_and_flags_override(script, train, tiny_run, m
     [
         (["--gradient_accumulation_steps=16"], "more than 4 epochs"),
         (["--min_lr=0.1"], "min_lr exceeds learning_rate"),
-        (["--warmup_iters=30"], "warmup_iters >= max_iters"),
         (["--lr_decay_iters=30"], "lr_decay_iters exceeds max_iters"),
         (["--min_lr=0.001"], None),
     ],
@@ -217,4 +219,44 @@ def test_setup_is_printed(train, tiny_run):
         r"model 0.01M parameters: 2 layers, 2 heads, 16 channels",
         r"run 10 steps of 128 tokens \(2 x 4 x 16\), 0.\d+ epochs",
     ):  # fmt: skip
-        assert re.search(f"^{line}", out, re.MULTILINE), line
+        assert re.search(f"^{line}$", out, re.MULTILINE), line
+
+
+TRIAL = [
+    "--max_iters=60", "--n_layer=1", "--n_head=2", "--n_kv_head=0", "--n_embd=16", "--block_size=16", "--batch_size=1",
+    "--gradient_accumulation_steps=1", "--eval_iters=1", "--sample_interval=0", "--wandb_log=False", "--device=cpu",
+    "--compile=False",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
+def test_short_trial_of_a_preset_prints_no_warning(train, tiny, tmp_path, path):
+    if "init_from" in runpy.run_path(str(path), {"n_head": 2, "n_embd": 16}):
+        pytest.skip("it needs weights of the Hub")
+    out = train([path, f"--dataset={tiny}", f"--out_dir={tmp_path / 'out'}", *TRIAL]).out
+    assert "WARNING" not in out and "run 60 steps of 16 tokens" in out
+    warmup = re.search(r"all of them warmup", out)
+    assert bool(warmup) == ("shakespeare_char_fast" not in path.stem)
+
+
+def test_progress_lines_count_the_steps_and_the_time_left(train, tiny_run):
+    out = train(tiny_run.flags, "--max_iters=10").out + train(tiny_run.flags, "--init_from=resume").out
+    steps = re.findall(r"^iter (\d+): .* step (\d+) of (\d+), eta (unknown|\d:\d\d:\d\d), lr", out, re.MULTILINE)
+    assert [tuple(map(int, step[:3])) for step in steps] == [(i, i + 1, 10 if i < 10 else 20) for i in range(20)]
+    assert [i for i, step in enumerate(steps) if step[3] == "unknown"] == [0, 10]  # the first step compiles
+    assert steps[9][3] == steps[19][3] == "0:00:00"
+
+
+def test_printed_commands_work_in_a_shell(train, tiny_run, tmp_path):
+    folder = tmp_path / "an out; dir"
+    out_dir = f"--out_dir={folder}"
+    train(tiny_run.flags, out_dir)
+    finished = train(tiny_run.flags, out_dir, "--init_from=resume").out
+    command = re.search(r"to train longer: (python train\.py .*)", finished)[1]
+    path = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
+    options = dict(shell=True, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    longer = subprocess.run(command, **options)
+    assert longer.returncode == 0 and read_checkpoint(folder / LATEST)["iter_num"] == 40, longer.stderr
+    command = re.search(r"^done: .*; (python sample\.py .*)", longer.stdout, re.MULTILINE)[1]
+    sampled = subprocess.run(command + " --max_new_tokens=2 --device=cpu", **options)
+    assert sampled.returncode == 0 and sampled.stdout.count("-----") >= 10, sampled.stderr
