@@ -367,7 +367,7 @@ def setting_lines(path):
 
 
 def print_help(script, settings):
-    """Print the script's docstring, then each setting with its default and its comment."""
+    """Print the script's docstring, its settings with their defaults and comments, and the config files."""
     exit_quietly_on_closed_pipe()
     # the comments and defaults, by line number
     with open(script["__file__"], "rb") as f:
@@ -388,6 +388,12 @@ def print_help(script, settings):
             print(f"{flags[number]:<42} {comments.get(number, '')}".rstrip())
         elif comments.get(number, "").strip("-"):
             print(f"\n{comments[number]}")
+
+    print("\nconfig files:")
+    for path in sorted(glob.glob("config/*.py")):
+        with open(path, encoding="utf-8") as f:
+            title = f.readline().strip("# :\n")
+        print(f"  {path:<40} {title}")
 
 
 # -----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ Exit codes: 0 done, 2 wrong usage, 130 stopped by Ctrl-C.
 
 import configurator  # isort: skip  # first: it prepares the import of torch
 
+import glob
 import itertools
 import math
 import os
@@ -32,7 +33,7 @@ from data.tokenizer import assumed_tokenizer, for_terminal, from_description, fr
 
 # -----------------------------------------------------------------------------
 init_from = "resume"  # resume (the best checkpoint in out_dir), a checkpoint, its folder, a Hub name
-out_dir = "out"
+out_dir = "out"  # if there is no such run, the newest one in out*
 start = "\n"  # the prompt, FILE:prompt.txt, or - for standard input
 num_samples = 10  # number of samples to draw
 max_new_tokens = 500  # number of tokens generated in each sample
@@ -54,7 +55,7 @@ dtype = "auto"  # auto, float32, bfloat16, float16; an export is float32 by defa
 int8 = False  # int8 weights: less memory traffic per token
 compile = False  # compile the generation step: up to a minute for the first token, then the fastest
 # -----------------------------------------------------------------------------
-settings, _ = configure(globals())
+settings, explicit = configure(globals())
 
 # check the settings
 configurator.check_minimum(settings, 1, "num_samples", "max_new_tokens", "slide")
@@ -76,6 +77,11 @@ if serve:
 # device
 device, dtype, device_line = configurator.pick_device(device, dtype)
 print(device_line, file=sys.stderr)
+
+# the newest run, if none is named
+runs = glob.glob("out*/ckpt*.pt")
+if init_from == "resume" and "out_dir" not in explicit and runs and not glob.glob("out/ckpt*.pt"):
+    out_dir = os.path.dirname(max(runs, key=os.path.getmtime))
 
 # model; an adapter is merged, unless it is exported or compared
 with usage_errors():

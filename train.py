@@ -190,6 +190,8 @@ if distributed:
     configurator.join_processes(device, backend, timeout)
 
 # data
+if not explicit:
+    print0("GPT-2 (124M) on OpenWebText; for a first try: python train.py config/train_pydocs_char.py")
 with usage_errors():
     data = Dataset(os.path.join("data", dataset))
     tokens = {split: data.split(split) for split in ("train", "val")}

@@ -1,5 +1,5 @@
-# Finetune a model with LoRA: freeze its weights and train adapters with 1 % as many. Minutes on a GPU for GPT-2; for
-# your own model set --init_from to its out_dir, and --dataset to text prepared with its tokenizer.
+# Finetune GPT-2 with LoRA: freeze its weights and train adapters with 1 % as many. Minutes on a GPU.
+# For another model set --init_from, and --dataset to text prepared with its tokenizer.
 #   python data/shakespeare/prepare.py
 #   python train.py config/finetune_lora.py
 #   python sample.py --out_dir=out-lora --compare

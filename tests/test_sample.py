@@ -1,6 +1,7 @@
 """sample.py: what it prints for a tiny model that knows its text by heart, and how it answers mistakes."""
 
 import io
+import os
 import re
 import shutil
 import signal
@@ -51,6 +52,17 @@ def test_stop_ends_each_sample(sample, flags):
     for stop in ("y", text[70:77]):  # one token, and several
         out = sample(*GREEDY, "--num_samples=2", "--max_new_tokens=100", f"--stop={stop}", *flags).out
         assert out == f"{text[: text.index(stop)]}\n---------------\n" * 2
+
+
+def test_newest_run_is_sampled_if_none_is_named(script, trained, tmp_path, monkeypatch):
+    for name, time in (("out-older", 1), ("out-newest", 3), ("out-old", 2)):
+        shutil.copytree(trained, tmp_path / name)
+        for path in (tmp_path / name).glob("*.pt"):
+            os.utime(path, (time, time))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--start=Call", "--num_samples=1", "--max_new_tokens=1", "--device=cpu"]
+    assert "loaded out-newest/" in script("sample.py", *flags).err
+    assert "loaded out-old/" in script("sample.py", *flags, "--out_dir=out-old").err
 
 
 def test_prompt_from_file_and_stdin(sample, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 import ast
 import dataclasses
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -170,6 +171,9 @@ def test_help_lists_every_setting_with_its_comment(script, name):
     assert result.code == 0 and ast.get_docstring(ast.parse((ROOT / name).read_text())) in result.out
     for key, (_, default) in settings_of(name).items():
         assert f"  --{key}={default}" in result.out
+    for path in (ROOT / "config").glob("*.py"):
+        title = path.read_text().partition("\n")[0].strip("# :")
+        assert re.search(rf"  config/{path.name} +{re.escape(title)}\n", result.out) and len(title) < 120
     source = (ROOT / name).read_text().splitlines()
     for number, _ in settings_of(name).values():
         _, _, comment = source[number - 1].partition("  # ")
