@@ -24,7 +24,6 @@ import configurator  # isort: skip  # first: it prepares the import of torch
 import contextlib
 import dataclasses
 import datetime
-import importlib.util
 import json
 import math
 import os
@@ -159,8 +158,6 @@ configurator.check_minimum(config, 0, "eval_iters", "save_interval", "sample_int
 configurator.check_minimum(config, 0, "learning_rate", "min_lr", "lr_decay_iters", "wsd_decay_frac", "weight_decay")
 configurator.check_minimum(config, 0, "grad_clip", "seed", "lora_rank")
 configurator.check_choice(config, "lr_schedule", "cosine", "linear", "constant", "wsd")
-if loss_plot and not importlib.util.find_spec("matplotlib"):
-    fail("--loss_plot needs matplotlib: pip install matplotlib")
 if lora_rank and init_from == "scratch":
     fail("LoRA needs pretrained weights: set --init_from")
 if lora_rank and muon:
@@ -622,6 +619,8 @@ class Run:
 
     def open_loggers(self):
         try:
+            if loss_plot:
+                import matplotlib.figure  # noqa: F401
             if tensorboard_log:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -635,8 +634,9 @@ class Run:
                 self.wandb = wandb
                 self.wandb_id = wandb.init(**options, id=self.wandb_id, resume="allow").id
         except ImportError as e:
-            package = "tensorboard" if "tensorboard" in str(e) else "wandb"
-            fail(f"--{package}_log needs {package}: pip install {package}")
+            flags = {"matplotlib": "--loss_plot", "tensorboard": "--tensorboard_log", "wandb": "--wandb_log"}
+            package = next((name for name in flags if name in str(e)), "wandb")
+            fail(f"{flags[package]} needs {package}: pip install {package}")
         except Exception as e:  # wandb's own errors, above all a missing login
             fail(f"{first_line(e)} (for wandb: type wandb login, or set WANDB_MODE=offline)")
 
@@ -778,7 +778,6 @@ if not eval_only:
     print0(f"run {max_iters:,} steps of {tokens_per_iter:,} tokens ({batch}), {epochs:.3g} epochs{warmup}")
     decays = decay_lr and lr_schedule != "constant"
     warnings = {
-        "more than 4 epochs over the training data: expect diminishing returns": epochs > 4,
         "min_lr exceeds learning_rate": decays and min_lr > learning_rate,
         "lr_decay_iters <= warmup_iters: no decay": decays and 0 < lr_decay_iters <= warmup_iters < max_iters,
         "lr_decay_iters exceeds max_iters: min_lr is never reached": decays and 0 < max_iters < lr_decay_iters,

@@ -23,21 +23,35 @@ def read_metrics(folder, before=math.inf):
 def plot_losses(folders, path):
     """Draw the training (pale) and validation losses of runs into one picture.
 
-    OSError if a run has no metrics, ValueError if matplotlib is missing.
+    The lowest validation loss of each run is marked. FileNotFoundError if no run has metrics yet, ValueError if
+    matplotlib is missing.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("loss curves need matplotlib: pip install matplotlib") from None
 
+    runs = [folder for folder in folders if os.path.exists(os.path.join(folder, "metrics.jsonl"))]
+    if not runs:
+        raise FileNotFoundError(f"no metrics.jsonl in {', '.join(folders)}")
+    for folder in folders:
+        if folder not in runs:
+            print(f"no metrics.jsonl in {folder} yet")
+
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for i, folder in enumerate(folders):
-        label = folder.replace("$", r"\$")  # not mathematics
-        for key, style in (("loss", {"alpha": 0.4}), ("val/loss", {"marker": ".", "label": label})):
-            points = [record for record in read_metrics(folder) if isinstance(record.get(key), float)]
-            axes.plot([r["iter"] for r in points], [r[key] for r in points], color=f"C{i}", **style)
-    axes.set(xlabel="step", ylabel="loss, nats per token")
+    for i, folder in enumerate(runs):
+        color, label = f"C{i}", folder.replace("$", r"\$")  # not mathematics
+        points = {}
+        for key in ("loss", "val/loss"):
+            points[key] = [(r["iter"], r[key]) for r in read_metrics(folder) if isinstance(r.get(key), float)]
+        if points["loss"]:
+            axes.plot(*zip(*points["loss"], strict=True), color=color, alpha=0.4)
+        if points["val/loss"]:
+            step, best = min(points["val/loss"], key=lambda point: point[1])
+            axes.plot(*zip(*points["val/loss"], strict=True), color=color, label=f"{label}: best {best:.4f}")
+            axes.plot(step, best, color=color, marker="o")
+    axes.set(title="training (pale) and validation loss", xlabel="step", ylabel="loss, nats per token")
     axes.legend()
     # atomically, because a viewer may be reading it
     figure.savefig(path + ".tmp", format="png")
