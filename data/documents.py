@@ -9,6 +9,7 @@ Both have
     size(first)     bytes of the parts from `first` on
     bytes_read      of all parts, for a progress bar
     counts          {"bad rows": 3, ...} of what has been read
+    by_share        whether val_share chooses a split
     check(final)    raises ValueError if too much of it is bad
 """
 
@@ -17,8 +18,8 @@ import collections
 import csv
 import functools
 import glob
-import gzip
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -27,9 +28,19 @@ import sys
 import tempfile
 from typing import NamedTuple
 
+from data.tokenizer import for_terminal
+
 HUB = "hf://"  # prefix of files on the Hugging Face Hub
-PIECE = 1 << 12  # characters of a long text per piece
+LONGEST = 1 << 22  # characters; a longer text is several documents
 END_OF_TEXT = "<|endoftext|>"  # separates documents in text files
+
+COMPRESSED = {"gz": "gzip", "bz2": "bz2", "xz": "lzma", "zst": "pyarrow"}  # ending: module
+# the first bytes of files that are not text: PDF, RTF, compressed, Parquet, Arrow; and NUL, as in most others
+BINARY = re.compile(
+    rb"%PDF-|\{\\rtf|PK\x03\x04|\x1f\x8b|BZh\d|\xfd7zXZ|\x28\xb5\x2f\xfd|PAR1|ARROW1|\xff{4}|.{,8191}\0", re.DOTALL
+)
+# how files of a dataset on the Hub are named, such as train-00000-of-00004.parquet
+SPLIT_NAME = re.compile(r"(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
 
 
 class Piece(NamedTuple):
@@ -37,13 +48,14 @@ class Piece(NamedTuple):
 
     text: str
     ends: bool = True  # the document ends with this piece
-    split: str | None = None  # train or val; None: chosen by a hash of the text
+    split: str | None = None  # train or val; None: chosen by val_share
 
 
 class Texts:
     """A corpus in memory: a list of Pieces. By default its identity is a hash of them."""
 
     parts = [None]
+    by_share = False
 
     def __init__(self, pieces, identity=None):
         self.list = pieces
@@ -62,9 +74,9 @@ class Texts:
 
 
 class Files:
-    """A corpus of files: texts, or tables with one document per row. Names ending in .gz and .zst are decompressed.
+    """A corpus of files: texts, or tables with one document per row. Files with an ending of COMPRESSED are unpacked.
 
-    splits: {split: [path, folder, pattern* or hf://datasets/...]}; split None: chosen by a hash of the text
+    splits: {split: [path, folder, pattern* or hf://datasets/...]}; split None: chosen by val_share
     args: column, format and max_bad of OPTIONS in preparation.py
     edit: function applied to the text of each row
 
@@ -87,16 +99,18 @@ class Files:
                     self.stdin, found = copy_stdin()
                 elif not pattern.startswith(HUB):
                     found = find(pattern)
-                self.found.append((split, pattern, found))
+                named = by_name(pattern, found, split) if os.path.isdir(pattern) else {split: found}
+                self.found += [(name, pattern, files) for name, files in named.items()]
+        self.by_share = any(split is None for split, _, _ in self.found)
         self.identity = hashlib.sha256(json.dumps(self.found).encode()).hexdigest()
 
     @functools.cached_property
     def parts(self):
-        """The list of (split, path, size, stamp), one per file."""
+        """The list of (split, path, size, stamp), one per file: its last split, if it has several."""
         parts = {}
         for split, pattern, found in self.found:
             for path, size, stamp in found or find(pattern):
-                parts.setdefault(path, (split, path, size, stamp))
+                parts[path] = split, path, size, stamp
         return list(parts.values())
 
     def size(self, first=0):
@@ -109,10 +123,12 @@ class Files:
         codecs.register_error("count", self.count_undecodable)
         try:
             with self.open(path) as raw:
-                for text, ends in self.texts(raw, path):
+                for text in self.texts(raw, path):
                     self.counts["characters"] += len(text)
+                    self.counts["NUL bytes"] += text.count("\0")
                     self.bytes_read = start + raw.tell()
-                    yield Piece(text, ends, split)
+                    for i in range(0, len(text), LONGEST):
+                        yield Piece(text[i : i + LONGEST], True, split)
         except ImportError as e:
             raise ValueError(f"{path} needs a package: pip install {e.name.partition('.')[0]}") from e
         except Exception as e:  # corrupt files and the network raise many types
@@ -131,29 +147,32 @@ class Files:
         return open(path, "rb")
 
     def texts(self, raw, path):
-        """Yield (text, whether its document ends) from an open file."""
+        """Yield the text of each document in an open file, and count rows without one."""
         reader = READERS.get(self.format or extension(path), read_text)
         file = raw if reader is read_parquet else decompress(raw, path)
         if reader is read_text:
             yield from read_text(file)
             return
-        for where, row in reader(file, self.column):
+        for where, row, size in reader(file, self.column):
             self.counts["rows"] += 1
-            text = row.get(self.column) if isinstance(row, dict) else None
+            self.counts["bytes of rows"] += size
+            text = row if isinstance(row, str) else lookup(row, self.column)
             if not isinstance(text, str):
-                self.count_bad_row(row, f"{where} of {path}")
+                self.count_bad_row(row, size, f"{where} of {path}")
             elif text:
                 text = text.encode("utf-8", "replace").decode()  # JSON may contain half a surrogate pair
-                yield self.edit(text), True
+                yield self.edit(text)
 
-    def count_bad_row(self, row, where):
+    def count_bad_row(self, row, size, where):
         """Count a row without text, and describe the first one."""
-        problem = f"cannot parse {where} (expected one JSON object per line, or paired quotes in csv)"
+        expected = "one JSON object per line, or in csv paired quotes and one field per column"
+        problem = f"cannot parse {where} (expected {expected})"
         if isinstance(row, dict):
             columns = ", ".join(list(row)[:20])
             problem = f"{where} has no text in column {self.column} (columns: {columns}); use --column=NAME"
         self.first_bad = self.first_bad or problem
         self.counts["bad rows"] += 1
+        self.counts["bytes of bad rows"] += size
         self.check(final=False)
 
     def count_undecodable(self, error):
@@ -163,120 +182,156 @@ class Files:
 
     def check(self, final):
         """Raise ValueError if more than max_bad is bad; unless `final`, only once there is enough to judge by."""
-        limits = [("bad rows", "rows", self.first_bad), ("undecodable bytes", "characters", "is this text?")]
-        for bad, of, hint in limits:
+        limits = [
+            ("bad rows", "rows", 10**5, self.first_bad),
+            ("bytes of bad rows", "bytes of rows", 10**8, self.first_bad),
+            ("undecodable bytes", "characters", 10**5, "is this text?"),
+            ("NUL bytes", "characters", 10**5, "is this text? UTF-16 needs a byte-order mark"),
+        ]
+        for bad, of, enough, hint in limits:
             n_bad, n = self.counts[bad], self.counts[of]
-            if n_bad > self.max_bad * n and (final or n > 100_000):
+            if n_bad > self.max_bad * n and (final or n > enough):
                 raise ValueError(f"{n_bad:,} {bad} in {n:,} {of} exceed --max_bad={self.max_bad}: {hint}")
 
 
 # -----------------------------------------------------------------------------
-# formats: read_text yields (text, whether its document ends), the others (where, row); row is None if unreadable
+# formats: read_text yields texts, the others (where, row, size in bytes); row is None if unreadable
 
 
 def read_text(file):
     file, rest = decode(file), ""
-    while block := file.read(PIECE):
+    while block := file.read(LONGEST):
         *documents, rest = (rest + block).split(END_OF_TEXT)
-        for document in documents:
-            yield from passages(document, PIECE)
+        yield from documents
         # the rest may end with half an <|endoftext|>, which must not be cut
-        *certain, (rest, _) = passages(rest, PIECE + len(END_OF_TEXT)) or [("", True)]
-        yield from certain
-    yield from passages(rest, PIECE)
+        if len(rest) > LONGEST + len(END_OF_TEXT):
+            yield rest[:LONGEST]
+            rest = rest[LONGEST:]
+    yield rest
 
 
 def read_jsonl(file, column):
     for number, line in enumerate(file, 1):
         if line.strip():
             try:
-                yield f"line {number}", json.loads(line)
+                row = json.loads(line)
             except (ValueError, RecursionError):
-                yield f"line {number}", None
+                row = None
+            yield f"line {number}", row, len(line)
 
 
-def read_csv(file, column, delimiter=",", quoting=csv.QUOTE_MINIMAL):
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(decode(file), delimiter=delimiter, quoting=quoting, strict=True)
-    check_column(column, rows.fieldnames or [])
-    while True:
-        where = f"line {rows.line_num + 1}"
+def read_json(file, column):
+    """Yield the elements of one list, or the rows of a jsonl file."""
+    if not file.peek(64).lstrip(codecs.BOM_UTF8 + b" \t\r\n").startswith(b"["):
+        yield from read_jsonl(file, column)
+        return
+    file = decode(file)
+    for number, row in enumerate(json.load(file), 1):
+        yield f"row {number}", row, 0
+
+
+def read_csv(file, column, delimiters=",;\t|"):
+    """Yield rows with one field per column; of others only their first line is bad, not what a quote swallows."""
+    csv.field_size_limit(LONGEST)  # an unclosed quote must not fill the memory
+    file, number, lines = decode(file), 1, []  # lines: of this row
+    waiting = [file.readline()]  # lines to read again, the last one first
+    delimiter = max(delimiters, key=waiting[0].count)
+
+    def parse():
+        """Return the fields of the next row; None if its quotes do not pair up."""
+        lines.clear()
         try:
-            yield where, next(rows)
-        except StopIteration:
-            return
+            return next(csv.reader(take(), delimiter=delimiter, strict=True), [])
         except csv.Error:
-            yield where, None
+            return None
+
+    def take():
+        while line := waiting.pop() if waiting else file.readline():
+            lines.append(line)
+            yield line
+
+    columns = parse() or []
+    check_column(column, columns)
+    while True:
+        number += len(lines)
+        fields = parse()
+        if not lines:
+            return
+        if fields is None or len(fields) not in (0, len(columns)):
+            # go on after the first line; in tsv files written without quoting, quotes are text
+            waiting += reversed(lines[1:])
+            del lines[1:]
+            fields = lines[0].rstrip("\r\n").split("\t") if delimiter == "\t" else []
+            if len(fields) != len(columns):
+                yield f"line {number}", None, len("".join(lines).encode())
+                continue
+        if fields:  # not an empty line
+            yield f"line {number}", dict(zip(columns, fields, strict=True)), len("".join(lines).encode())
 
 
 def read_tsv(file, column):
-    return read_csv(file, column, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return read_csv(file, column, delimiters="\t")
 
 
 def read_parquet(file, column):
-    from pyarrow import binary
+    from pyarrow import binary, types
     from pyarrow.parquet import ParquetFile
 
     table, n = ParquetFile(file, buffer_size=1 << 20), 0
-    check_column(column, table.schema_arrow.names)
+    check_column(column, [leaf.path for leaf in map(table.schema.column, range(len(table.schema)))])
     for batch in table.iter_batches(batch_size=256, columns=[column]):
+        array = batch.column(0)
+        while types.is_struct(array.type):
+            array = array.flatten()[0]
         try:
-            texts = batch.column(0).to_pylist()
+            texts = array.to_pylist()
         except UnicodeDecodeError:
-            raw = batch.column(0).cast(binary()).to_pylist()
+            raw = array.cast(binary()).to_pylist()
             texts = [text if text is None else text.decode("utf-8", "count") for text in raw]
         for text in texts:
             n += 1
-            yield f"row {n}", {column: text}
+            yield f"row {n}", {column: text}, 0
 
 
 READERS = {
     "txt": read_text, "md": read_text, "jsonl": read_jsonl, "ndjson": read_jsonl, "csv": read_csv,
-    "tsv": read_tsv, "parquet": read_parquet, "json": read_jsonl,
+    "tsv": read_tsv, "parquet": read_parquet, "json": read_json,
 }  # fmt: skip
 
 
 def decompress(raw, path):
     """Return a buffered reader of an open file that decompresses what its name says."""
-    if path.lower().endswith(".gz"):
-        return gzip.open(raw)
-    if path.lower().endswith(".zst"):
-        import pyarrow
-
-        raw = pyarrow.CompressedInputStream(raw, "zstd")
+    module = COMPRESSED.get(path.lower().rpartition(".")[2])
+    if module == "pyarrow":
+        raw = importlib.import_module(module).CompressedInputStream(raw, "zstd")
+    elif module:
+        return importlib.import_module(module).open(raw)
     return raw if hasattr(raw, "peek") else io.BufferedReader(raw)
 
 
 def decode(file):
     """Return a text reader of a binary one: UTF-8, or UTF-16 or UTF-32 with a byte-order mark."""
-    start, encoding = file.peek(4), "utf-8-sig"
-    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        encoding = "utf-16"
+    start, encoding = file.peek(8192), "utf-8-sig"
     if start.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # begins with UTF-16's mark
         encoding = "utf-32"
+    elif start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        encoding = "utf-16"
+    elif BINARY.match(start):
+        raise ValueError(f"not a text file (begins with {start[:8]}); convert it to text, or use --format")
     return io.TextIOWrapper(file, encoding, errors="count", newline="")
+
+
+def lookup(row, column):
+    """Return the value of a column. Example: {"meta": {"text": "a"}}, "meta.text" -> "a" """
+    row = row if isinstance(row, dict) else {}
+    for name in [column] if column in row else column.split("."):
+        row = row.get(name) if isinstance(row, dict) else None
+    return row
 
 
 def check_column(column, columns):
     if column not in columns:
         raise ValueError(f"no column {column} (columns: {', '.join(columns[:20])}); use --column=NAME")
-
-
-def passages(text, longest):
-    """Cut a text into passages while more than `longest` characters remain: [(passage, whether it is the last)].
-
-    Cuts before the last character of the last blank line in PIECE characters, else of the last line break, else of the
-    last space. Most tokenizers split there too, so the tokens are those of the whole text.
-
-    Example: "x" * 4000 + "\\n\\n" + "y" * 200, 4096 -> [("x" * 4000 + "\\n", False), ("\\n" + "y" * 200, True)]
-    """
-    found, start = [], 0
-    while len(text) - start > longest:
-        cuts = [text.rfind(gap, start, start + PIECE) + len(gap) - 1 for gap in ("\n\n", "\n", " ")]
-        end = next((cut for cut in cuts if cut > start), start + PIECE)
-        found.append((text[start:end], False))
-        start = end
-    return [*found, (text[start:], True)] if text else []
 
 
 # -----------------------------------------------------------------------------
@@ -285,7 +340,7 @@ def passages(text, longest):
 
 def extension(path):
     """Return the ending that tells the format. Example: "a/B.JSONL.gz" -> "jsonl" """
-    return re.sub(r"\.(gz|zst)$", "", path.lower()).rpartition(".")[2]
+    return re.sub(rf"\.({'|'.join(COMPRESSED)})$", "", path.lower()).rpartition(".")[2]
 
 
 def find(pattern):
@@ -312,14 +367,46 @@ def find(pattern):
 
 
 def find_in_folder(folder):
-    """Yield the text files in a folder and its subfolders, without hidden ones and .json, which is rarely text."""
-    for entry in os.scandir(folder):
-        if entry.name.startswith("."):
+    """Return the text files in a folder and its subfolders, without hidden ones and .json, which is rarely text.
+
+    Says how many files of each ending are read and left out.
+    """
+    found, entered = {True: [], False: []}, set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in entered:  # links can lead into circles
+            folders.clear()
             continue
-        if entry.is_dir(follow_symlinks=False):
-            yield from find_in_folder(entry.path)
-        elif extension(entry.name) in READERS.keys() - {"json"}:
-            yield entry.path
+        entered.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                is_text = extension(name) in READERS and not name.lower().endswith(".json")
+                found[is_text].append(os.path.join(parent, name))
+    if found[False]:
+        read, left_out = count_endings(found[True]), count_endings(found[False])
+        example = f"to read them, use '{folder}/**/*.py'"
+        print(for_terminal(f"{folder}: reading {read or 'nothing'}; left out {left_out} ({example})"))
+    return found[True]
+
+
+def count_endings(paths):
+    """Describe how many files have each ending. Example: ["a.py", "b.py", "x"] -> "2 .py, 1 x" """
+    endings = collections.Counter(os.path.splitext(path)[1].lower() or os.path.basename(path) for path in paths)
+    return ", ".join(f"{n:,} {ending}" for ending, n in endings.most_common(9))
+
+
+def by_name(folder, found, split):
+    """Return {split: files} of a folder; train, validation and test files of a Hub dataset are told by their names."""
+    files = collections.defaultdict(list)
+    for file in found:
+        names = map(SPLIT_NAME.match, reversed(os.path.relpath(file[0], folder).split(os.sep)))
+        name = next((match[1].lower() for match in names if match), "other")
+        files["validation" if name in ("valid", "val", "dev") else name].append(file)
+    if "train" not in files or len(files.keys() - {"other"}) == 1:
+        return {split: found}
+    counts = ", ".join(f"{len(paths)} {name}" for name, paths in files.items())
+    print(for_terminal(f"{folder}: {counts} files by their names; only train and validation are read"))
+    return {"train": files["train"], "val": files["validation"]} if files["validation"] else {split: files["train"]}
 
 
 def copy_stdin():

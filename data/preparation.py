@@ -29,7 +29,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from data.documents import PIECE, passages
 from data.shards import PREPARING, Dataset, FolderLock, Tokens, read_json, read_meta
 from data.tokenizer import for_terminal, from_description, from_name, with_special_tokens
 
@@ -39,14 +38,15 @@ from data.tokenizer import for_terminal, from_description, from_name, with_speci
 OPTIONS = {  # name: (default, help)
     "inputs": ([], "files, folders and 'patterns*' to read; -: standard input"),
     "input": ("", "file, folder or 'pattern*' to read instead of the download"),
+    "val": ("", "file, folder or 'pattern*' for validation; the other input is for training"),
     "name": ("text", "folder in data/ to write to"),
     "tokenizer": ("gpt2", "char, bpe:8192, gpt2, x.json, x.model, dataset, model or Hub name [env: TOKENIZER]"),
     "special_tokens": (False, "recognize special tokens such as <|im_start|> in the documents; default: they are text"),
-    "column": ("text", "column of jsonl, csv, tsv and parquet files that contains the text"),
-    "format": ("", "txt, jsonl, csv, tsv or parquet, for files with other endings"),
-    "val_share": (0.1, "share of the documents for validation, chosen by a hash of their text"),
+    "column": ("text", "column of jsonl, json, csv, tsv and parquet files that contains the text; a.b: nested"),
+    "format": ("", "txt, jsonl, json, csv, tsv or parquet, for files with other endings"),
+    "val_share": (0.1, "share for validation: of the documents, by a hash of their text, and of each long one its end"),
     "num_samples": (0, "documents to read; 0: all"),
-    "max_bad": (0.01, "largest share of unreadable rows or bytes; they are left out and counted"),
+    "max_bad": (0.01, "largest share of unreadable rows, which are left out, and bytes, which are replaced"),
     "shard_tokens": (0, "tokens per file, train_000000.bin and so on; 0: a single train.bin"),
     "workers": (0, "threads; 0: one per core"),
     "force": (False, "overwrite the dataset in the folder"),
@@ -120,7 +120,7 @@ class State:
     listing: str = ""  # hash of the list of input files, which can change on the Hub
     tokenizer: dict | None = None  # its description
     part: int = 0  # read on in this part of the corpus,
-    piece: int = 0  # after this many of its pieces,
+    pieces: int = 0  # after this many of its pieces,
     counts: dict = dataclasses.field(default_factory=dict)  # from these counts at the beginning of the part
     documents: dict = dataclasses.field(default_factory=lambda: {"train": 0, "val": 0})  # number written
     tokens: dict = dataclasses.field(default_factory=lambda: {"train": 0, "val": 0})  # number written
@@ -156,7 +156,7 @@ def write_dataset(folder, corpus, args, source):
             state.meta = encode(folder, corpus, args, state) | {"source": source, "recipe": state.recipe}
             for name, n in state.meta["left_out"].items():
                 hint = f" (first: {corpus.first_bad})" if name == "bad rows" else ""
-                print(for_terminal(f"left out: {n:,} {name}{hint}"))
+                print(for_terminal(f"{BAD[name]}: {n:,} {name}{hint}"))
         finish(folder, state)
 
 
@@ -249,6 +249,7 @@ def sha256_of(path):
 # from documents to batches of tokens
 
 BATCH = 1 << 18  # characters that a thread tokenizes at once
+LONG = 1 << 12  # characters of the part for validation that make a document long
 
 
 def fraction(text, i):
@@ -258,17 +259,19 @@ def fraction(text, i):
 
 
 def split_of(text, val_share):
-    """Choose the split of a text. Example: "abc", 0.1 -> "train" """
+    """Choose the split of a text, "both" for a long one. Example: "abc", 0.1 -> "train" """
+    if len(text) * min(val_share, 1 - val_share) >= LONG:
+        return "both"
     return "val" if fraction(text, 0) < val_share else "train"
 
 
 def read_after(corpus, state, limit):
     """Yield (piece, position) after `state`, until there are `limit` documents.
 
-    position: part, piece and counts of the state that goes on after this piece
+    position: part, pieces and counts of the state that goes on after this piece
     """
     corpus.bytes_read, corpus.counts = 0, collections.Counter(state.counts)
-    documents, done = sum(state.documents.values()), state.piece
+    documents, done = sum(state.documents.values()), state.pieces
     for part in range(state.part, len(corpus.parts)):
         counts = dict(corpus.counts)
         for n, piece in enumerate(corpus.pieces(part), 1):
@@ -294,29 +297,47 @@ def read(corpus, args, state, title):
     corpus.check(final=True)
 
 
+def border_of(text, val_share):
+    """Return where the last val_share of a text begins, before a space if one is near. Example: "a bc", 0.5 -> 1"""
+    border = round(len(text) * (1 - val_share))
+    space = text.rfind(" ", max(0, border - 1000), border)
+    return space if space > 0 else border
+
+
 def batches(pieces, begins=True):
-    """Group what read() yields into (position, [(piece, split, whether a document begins, and whether it ends)])."""
+    """Group what read() yields into (position, [(piece, split, whether a document begins, splits where it ends)])."""
     batch, size = [], 0
     for (piece, split, position), following in itertools.pairwise(itertools.chain(pieces, [None])):
-        # a document that goes on in the other split ends in this one
-        leaves = following is not None and piece.split is None and following[1] != split
-        batch.append((piece, split, begins, piece.ends or leaves))
-        begins = piece.ends or leaves
+        ends = [split] if piece.ends else []
+        if split == "both":  # the part for training is not the end, but separates it from what follows
+            ends = ["train", "val"] if following else ["val"]
+        batch.append((piece, split, begins, ends))
+        begins = piece.ends
         size += len(piece.text)
         if size >= BATCH or following is None:
             yield (*position, begins), batch
             batch, size = [], 0
 
 
-def encode_batch(tokenizer, item):
-    """Return {split: ids (n,)} of what batches() yields."""
+def encode_batch(tokenizer, lengths, val_share, item):
+    """Return {split: ids (n,)} of what batches() yields.
+
+    A document in both splits is tokenized whole, and its ids are cut where as many bytes follow as in the text.
+    lengths: bytes per token (vocab_size,)
+    """
     _, batch = item
     begin = [] if tokenizer.special_tokens is None else tokenizer.bos  # an older version went on without it
     end = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
-    parts = {}
+    parts = collections.defaultdict(list)
     encoded = tokenizer.encode_documents([piece.text for piece, *_ in batch])
-    for (_, split, begins, ends), ids in zip(batch, encoded, strict=True):
-        parts.setdefault(split, []).extend([begin if begins else [], ids, end if ends else []])
+    for (piece, split, begins, ends), ids in zip(batch, encoded, strict=True):
+        ids_of = {split: ids}
+        if split == "both":
+            n_bytes = len(piece.text[border_of(piece.text, val_share) :].encode())
+            n_val = np.searchsorted(np.cumsum(lengths[ids][::-1]), n_bytes, side="right")
+            ids_of = {"train": ids[: len(ids) - n_val], "val": ids[len(ids) - n_val :]}
+        for i, name in enumerate(ids_of):
+            parts[name] += [begin if begins and i == 0 else [], ids_of[name], end if name in ends else []]
     return {split: np.concatenate(ids).astype(np.int64) for split, ids in parts.items()}
 
 
@@ -337,7 +358,8 @@ def in_order(function, items, workers):
 # from batches to token files, with a tokenizer that may be learned from the text
 
 SAVE_EVERY = 3  # seconds
-LEFT_OUT = ("bad rows", "undecodable bytes")
+BAD = {"bad rows": "left out", "bytes of bad rows": "left out", "undecodable bytes": "replaced", "NUL bytes": "kept"}
+WORD = 1 << 12  # characters of the longest word to learn from; a million would take forever
 
 
 def load_tokenizer(name, texts=None):
@@ -352,10 +374,12 @@ def sample_texts(corpus, args, size):
     share = 1 if size is None or args.num_samples else size / max(1, corpus.size())
     characters = 0
     for piece, split, _ in read(corpus, args, State({}), f"reading for {args.tokenizer}"):
-        if size is None or split == "train" and fraction(piece.text, 1) < share:
-            characters += len(piece.text)
-            # a word of a million letters takes forever to learn from
-            yield from (text for text, _ in passages(piece.text, PIECE))
+        text = piece.text
+        if split == "both" and size is not None:
+            text, split = text[: border_of(text, args.val_share)], "train"
+        if size is None or split == "train" and fraction(text, 1) < share:
+            characters += len(text)
+            yield from (text[i : i + WORD] for i in range(0, len(text), WORD))
         if size is not None and characters > size:  # compressed files have more characters than bytes
             break
 
@@ -386,10 +410,18 @@ def encode(folder, corpus, args, state):
     if sum(state.tokens.values()) < 2:
         raise ValueError("the input contains no text")
     if 0 in state.tokens.values():
+        if not corpus.by_share:
+            raise ValueError(f"the input for {min(state.tokens, key=state.tokens.get)} contains no text")
         print("too few documents to split; using the last 10 % of the tokens for validation")
         files.split_last_tenth()
         state.documents = {}
     files.sync()
+    share = state.tokens["val"] / sum(state.tokens.values())
+    if corpus.by_share and state.documents and not 0.5 < share / args.val_share < 1.5:
+        reason = "documents are few or differ much in length"
+        print(
+            f"WARNING: {share:.1%} of the tokens are val, not --val_share={args.val_share}: {reason}", file=sys.stderr
+        )
 
     # describe them
     return {
@@ -397,7 +429,7 @@ def encode(folder, corpus, args, state):
         "dtype": files.dtype.name,
         "tokenizer": state.tokenizer,
         "documents": state.documents,
-        "left_out": {name: corpus.counts[name] for name in LEFT_OUT if corpus.counts[name]},
+        "left_out": {name: corpus.counts[name] for name in BAD if corpus.counts[name]},
         "files": {name: {"tokens": n, "sha256": sha256_of(files.path(name))} for name, n in files.sizes().items()},
     }
 
@@ -405,7 +437,8 @@ def encode(folder, corpus, args, state):
 def write_documents(corpus, args, state, tokenizer, files):
     """Tokenize and write the documents after `state`; update it, and save it every SAVE_EVERY seconds."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    tokenize = functools.partial(encode_batch, tokenizer)
+    lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    tokenize = functools.partial(encode_batch, tokenizer, lengths, args.val_share)
     state.save(files.folder)
     saved = time.monotonic()
     with contextlib.closing(read(corpus, args, state, "preparing")) as pieces:
@@ -413,9 +446,9 @@ def write_documents(corpus, args, state, tokenizer, files):
             for split in ids:
                 files.write(split, ids[split])
             position, batch = item
-            state.part, state.piece, state.counts, state.begins = position
+            state.part, state.pieces, state.counts, state.begins = position
             for piece, split, *_ in batch:
-                state.documents[split] += piece.ends
+                state.documents["train" if split == "both" else split] += piece.ends
             if time.monotonic() - saved > SAVE_EVERY:
                 files.sync()
                 state.save(files.folder)

@@ -168,6 +168,8 @@ def test_batch_with_an_unknown_id_is_an_error_that_names_it(tmp_path):
     message = "train_2.bin has token id 70 in the window at token 50, but the vocabulary ends at 64"
     with pytest.raises(DataError, match=message):
         load_batch(stream, np.array([0, 50, 51]), 8, 65, "cpu")
+    with pytest.raises(DataError, match="train_2.bin has token id 70 in the window at token 29,"):  # begins in train_1
+        load_batch(stream, np.array([29]), 30, 65, "cpu")
 
 
 @pytest.mark.parametrize("damage", [os.remove, lambda path: path.write_bytes(b"ab")])

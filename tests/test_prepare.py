@@ -1,13 +1,16 @@
 """Documents and dataset folders, compared with the simplest way to make them."""
 
+import bz2
 import contextlib
 import csv
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import pickle
+import re
 import runpy
 import shutil
 import subprocess
@@ -20,8 +23,8 @@ import pytest
 from conftest import ROOT, TEXT, options
 
 from data import documents, preparation
-from data.documents import Files, Piece, Texts, extension, passages
-from data.preparation import TokenFiles, fraction, split_of, write_dataset
+from data.documents import Files, Piece, Texts, extension
+from data.preparation import TokenFiles, border_of, fraction, split_of, write_dataset
 from data.shards import Dataset, FolderLock
 from data.tokenizer import CharTokenizer, from_description, from_name
 
@@ -113,9 +116,11 @@ def small_batches(monkeypatch):
 
 def test_pure_functions_do_what_their_examples_say():
     assert extension("a/B.JSONL.gz") == "jsonl"
-    expected = [("x" * 4000 + "\n", False), ("\n" + "y" * 200, True)]
-    assert passages("x" * 4000 + "\n\n" + "y" * 200, 4096) == expected and passages("", 4096) == []
+    assert documents.count_endings(["a.py", "b.py", "x"]) == "2 .py, 1 x"
+    assert border_of("a bc", 0.5) == 1 and border_of("abcd", 0.5) == 2 and border_of("x" * 9999, 0.1) == 8999
+    assert documents.lookup({"meta": {"text": "a"}}, "meta.text") == "a" and documents.lookup([], "text") is None
     assert round(fraction("abc", 0), 4) == 0.1701 and split_of("abc", 0.1) == "train"
+    assert [split_of("x" * n, 0.1) for n in (40_960, 40_959)] == ["both", "train"]
     sizes = TokenFiles("", 300, 3, {"train": 5}).sizes()
     assert sizes == {"train_000000.bin": 3, "train_000001.bin": 2}
 
@@ -134,41 +139,121 @@ def test_formats_contain_the_same_documents(tmp_path, name):
     assert corpus.bytes_read == corpus.size() == os.path.getsize(tmp_path / name)
 
 
-def test_long_texts_are_cut_between_paragraphs_and_keep_their_tokens(tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "PIECE", 300)
-    text = "\n\n".join(f"{i} {TEXT * (i % 5)}" for i in range(99))
-    text += "".join(map(chr, range(0x3400, 0x3900)))  # no space to cut at
-    (tmp_path / "book.txt").write_text(text)
-    pieces = list(corpus_of(tmp_path / "book.txt").pieces(0))
-    assert "".join(piece.text for piece in pieces) == text and max(len(piece.text) for piece in pieces) <= 300
-    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert sum(piece.text.endswith("\n") for piece in pieces) > 60
-
-    # an end of text replaces what went to the other split
-    data = make(tmp_path / "x", tmp_path / "book.txt")
-    parts = [part for split in decoded(data).values() for part in split]
-    assert "".join(sorted(parts, key=text.index)) == text and len(decoded(data)["val"]) > 5
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+LLAMA3 += r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
-def test_passages_have_the_tokens_of_the_whole_text():
-    text = "\n\n".join(f"{i} {TEXT * (i % 5)}" for i in range(199)) + " " + "word " * 3000
-    tokenizer = from_name("bpe:400", lambda n: [TEXT])
-    parts = [part for part, _ in passages(text, documents.PIECE)]
-    assert np.concatenate(tokenizer.encode_documents(parts)).tolist() == tokenizer.encode(text).tolist()
-    assert len(parts) > 10
+@pytest.fixture(scope="module")
+def book():
+    """Return 400,000 characters of prose, verse, code, numbers, blank lines, and words without spaces."""
+    kinds = (
+        TEXT * 3,
+        "\n\n\n",
+        "\n \n",
+        "def f(x):\n    return '%d'\n\n\n",
+        "日本語。テキスト" * 9,
+        "🙂 don't 1234567.89  \t ",
+    )
+    text = "".join(f"{kinds[i * i % 7 % 6]}{i}{TEXT[i % 99 :]}" for i in range(4000))[:400_000]
+    assert len(text) == 400_000
+    return text
 
 
-@pytest.mark.parametrize("offset", [0, 1, 100, 4090, 4096, -9])
-def test_passages_do_not_depend_on_the_text_before(tmp_path, offset):
-    document, marker = "".join(map(chr, range(0x4E00, 0x4E00 + 9000))) + "\n\nab " * 999, documents.END_OF_TEXT
-    if offset < 0:  # a block ends within the last marker
-        offset = (offset - 4090 - 2 * len(marker) - len(document)) % documents.PIECE
-    (tmp_path / "a.txt").write_text("y" * offset + marker + document + marker + "z" * 4090 + marker)
+def make_tokenizer(kind, folder, text):
+    """Save a tokenizer of the kind, learned from text. Return what to type for it."""
+    if kind.startswith("sentencepiece"):
+        sentencepiece = pytest.importorskip("sentencepiece")
+        settings = dict(model_type="bpe", vocab_size=500, byte_fallback=True, minloglevel=2, add_dummy_prefix=True)
+        if kind == "sentencepiece":
+            settings |= dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text[:50_000].splitlines()), model_prefix=str(folder / "m"), **settings
+        )
+        return str(folder / "m.model")
+    if kind not in ("llama3", "qwen"):
+        return kind
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Regex(LLAMA3 if kind == "llama3" else LLAMA3.replace("{1,3}", ""))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = tokenizers.pre_tokenizers.Split(words, "isolated")
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte_level])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=500, initial_alphabet=byte_level.alphabet(), special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([text[:50_000]], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return str(folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "sentencepiece-normalized", "llama3", "qwen", "bpe:500", "char"])
+@pytest.mark.parametrize("name", ["book.txt", "book.txt.xz", "book.jsonl"])
+def test_long_text_has_the_tokens_of_the_whole_and_its_end_is_for_validation(tmp_path, book, kind, name):
+    path = tmp_path / name
+    if "jsonl" in name:
+        write_jsonl(path, [book])
+    else:
+        path.write_bytes(lzma.compress(book.encode()) if "xz" in name else book.encode())
+    data = make(tmp_path / "x", path, tokenizer=make_tokenizer(kind, tmp_path, book))
+    tokenizer = from_description(data.tokenizer)
+    train, val = (data.split(split).read(0, len(data.split(split))).tolist() for split in ("train", "val"))
+    end = tokenizer.encode("\n")[-1] if tokenizer.eot is None else tokenizer.eot
+    assert train + val == [
+        *tokenizer.bos,
+        *tokenizer.encode_documents([book])[0].tolist(),
+        end,
+    ]  # no end of text inside
+    if kind != "sentencepiece-normalized":
+        assert tokenizer.decode((train + val)[len(tokenizer.bos) : -1]) == book
+    n_train, n_val = len(tokenizer.decode(train)), len(tokenizer.decode(val))
+    assert abs(n_val / (n_train + n_val) - 0.1) < 0.01
+
+
+def test_cut_documents_end_in_both_splits_if_others_follow(tmp_path):
+    texts = [f"{i} " + TEXT * 400 for i in range(3)]
+    tokenizer, *parts = decoded_parts(make(tmp_path / "x", write_jsonl(tmp_path / "a.jsonl", [*texts, "short"])))
+    assert [len(part) for part in parts] in ([5, 4], [4, 5])  # an end of text is last
+    assert [train + val for train, val in zip(*parts, strict=False)][:3] == texts
+    meta = json.loads((tmp_path / "x" / "meta.json").read_text())
+    assert meta["documents"]["train"] + meta["documents"]["val"] == 4
+
+
+def decoded_parts(data):
+    """Return the tokenizer and, per split, the texts between ends of text."""
+    tokenizer, parts = from_description(data.tokenizer), []
+    for split in ("train", "val"):
+        ids = data.split(split).read(0, len(data.split(split)))
+        parts.append(
+            [
+                tokenizer.decode(part[part != tokenizer.eot])
+                for part in np.split(ids, np.flatnonzero(ids == tokenizer.eot))
+            ]
+        )
+    return tokenizer, *parts
+
+
+def test_long_rows_give_validation_its_share(tmp_path, capsys):
+    path = write_jsonl(tmp_path / "a.jsonl", [TEXT * (400 + 90 * i) for i in range(30)])
+    data = make(tmp_path / "x", path, tokenizer="char")
+    n_train, n_val = (len(data.split(split)) for split in ("train", "val"))
+    assert abs(n_val / (n_train + n_val) - 0.1) < 0.001 and "WARNING" not in capsys.readouterr().err
+
+    # shorter ones are not cut, but a share that is far off is said
+    texts = [f"{i} {TEXT * (300 if split_of(f'{i} {TEXT * 300}', 0.1) == 'val' else 1)}" for i in range(30)]
+    make(tmp_path / "y", write_jsonl(tmp_path / "b.jsonl", texts), tokenizer="char")
+    assert re.search(r"WARNING: \d\d.\d% of the tokens are val, not --val_share=0.1", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 86, 100, 99, 4090])
+def test_texts_longer_than_the_limit_are_several_documents(tmp_path, monkeypatch, offset):
+    monkeypatch.setattr(documents, "LONGEST", 100)
+    marker, text = documents.END_OF_TEXT, "".join(map(chr, range(0x4E00, 0x4E00 + 250)))
+    (tmp_path / "a.txt").write_text("y" * offset + marker + text + marker + "z" * 90 + marker)
     texts = texts_of(corpus_of(tmp_path / "a.txt"))
-    first = sum(text.startswith("y") for text in texts)
-    last = [i for i, text in enumerate(texts) if text.startswith("z")]
-    assert texts[first : last[0]] == [text for text, _ in passages(document, documents.PIECE)] and len(last) == 1
-    assert "|" not in "".join(texts)
+    assert "".join(texts) == "y" * offset + text + "z" * 90 and texts[-1] == "z" * 90
+    assert max(map(len, texts)) <= 100 and not any("y" in part and part.strip("y") for part in texts)
+    assert texts_of(corpus_of(write_jsonl(tmp_path / "a.jsonl", [text]))) == [text[:100], text[100:200], text[200:]]
 
 
 def test_folders_and_patterns_give_their_files_in_order(tmp_path):
@@ -220,7 +305,7 @@ BAD_ROWS = ['{"text": 3}', "{", "[1]", '{"other": "a"}', "[" * 100_000, b"\xff".
 def test_bad_rows_are_left_out_and_counted(tmp_path, capsys):
     good = [json.dumps({"text": text}) for text in DOCUMENTS]
     (tmp_path / "a.jsonl").write_text("\n\n".join(good[:3] + BAD_ROWS + good[3:]), encoding="latin-1")
-    data = make(tmp_path / "x", tmp_path / "a.jsonl", max_bad=0.1)
+    data = make(tmp_path / "x", tmp_path / "a.jsonl", max_bad=0.7)  # one bad row has more bytes than all others
     assert all_decoded(data) == sorted(DOCUMENTS)
     assert f"left out: 6 bad rows (first: line 7 of {tmp_path}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="6 bad rows in 246 rows exceed --max_bad=0.01: line 7"):
@@ -230,7 +315,7 @@ def test_bad_rows_are_left_out_and_counted(tmp_path, capsys):
 
 def test_bad_rows_are_noticed_before_the_end(tmp_path):
     (tmp_path / "a.jsonl").write_text("{\n" * 100_010)
-    with pytest.raises(ValueError, match="a.jsonl: 100,001 bad rows in 100,001 rows exceed --max_bad=0.01"):
+    with pytest.raises(ValueError, match="a.jsonl: .* exceed --max_bad=0.01: cannot parse line 1 of"):
         make(tmp_path / "x", tmp_path / "a.jsonl")
 
 
@@ -238,9 +323,97 @@ def test_unpaired_quote_does_not_swallow_rows_silently(tmp_path):
     rows = "".join(f"{i},row {i}\n" for i in range(99)).replace("row 5\n", '"row 5\n')
     (tmp_path / "a.csv").write_text("id,text\n" + rows)
     (tmp_path / "a.tsv").write_text(("id,text\n" + rows).replace(",", "\t"))
-    with pytest.raises(ValueError, match="1 bad rows in 6 rows exceed .*: cannot parse line 7 of .*csv"):
+    with pytest.raises(ValueError, match="1 bad rows in 99 rows exceed .*: cannot parse line 7 of .*csv"):
         make(tmp_path / "x", tmp_path / "a.csv")
     assert len(texts_of(corpus_of(tmp_path / "a.tsv"))) == 99
+
+    # an unclosed quote and a surplus field cost their own lines, not what follows
+    for ending, bad in {"csv": ['"row', "row,row"], "tsv": ["row\trow"]}.items():
+        rows = [f"row {i}" for i in range(10_000)]
+        for i, text in zip((5000, 7000), bad, strict=False):
+            rows[i] = text
+        lines = [f"{i},{row}\n".replace(",", "\t" if ending == "tsv" else ",", 1) for i, row in enumerate(rows)]
+        (tmp_path / f"b.{ending}").write_text("id,text\n".replace(",", lines[0][1]) + "".join(lines))
+        corpus = corpus_of(tmp_path / f"b.{ending}")
+        assert texts_of(corpus) == [row for row in rows if row not in bad]
+        assert corpus.counts["bad rows"] == len(bad) and "line 5002 of" in corpus.first_bad
+
+    # one bad row in 5,000, but half of the text
+    (tmp_path / "c.csv").write_text("id,text\n" + "1,row\n" * 5000 + '2,"' + "row " * 5000)
+    with pytest.raises(ValueError, match="bytes of bad rows in .* exceed .*: cannot parse line 5002 of .*c.csv"):
+        make(tmp_path / "y", tmp_path / "c.csv")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_tables_as_other_programs_write_them(tmp_path, delimiter, name):
+    rows = ['He said "hi"\n\tand left; then, at last,\n\nhe | came back', '"all quoted"', 'mid "word"', "plain"] * 20
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter=delimiter if name == "a.csv" else "\t", lineterminator="\n")
+    writer.writerows([["id", "text", "more"], *([i, row, ""] for i, row in enumerate(rows))])
+    (tmp_path / name).write_text(text.getvalue())
+    corpus = corpus_of(tmp_path / name)
+    assert texts_of(corpus) == rows and not corpus.counts["bad rows"]
+
+
+@pytest.mark.parametrize("elements", [[{"text": text} for text in DOCUMENTS], DOCUMENTS])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_lists(tmp_path, elements, indent):
+    (tmp_path / "a.json").write_text(json.dumps(elements, indent=indent))
+    assert texts_of(corpus_of(tmp_path / "a.json")) == DOCUMENTS
+
+
+def test_nested_columns(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    rows = [{"meta": {"n": 1, "text": text}, "a.b": text} for text in DOCUMENTS] + [{"meta": None, "a.b": None}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for path in (tmp_path / "a.jsonl", tmp_path / "a.parquet"):
+        for column in ("meta.text", "a.b"):
+            corpus = corpus_of(path, column=column)
+            assert texts_of(corpus) == DOCUMENTS and corpus.counts["bad rows"] == 1
+
+
+@pytest.mark.parametrize("module", [bz2, lzma])
+def test_other_compressions(tmp_path, module):
+    path = tmp_path / f"a.txt.{'bz2' if module is bz2 else 'xz'}"
+    path.write_bytes(module.compress(TEXT.encode()))
+    assert texts_of(corpus_of(path)) == [TEXT] and extension(str(path)) == "txt"
+
+
+def test_folder_says_what_it_leaves_out_and_follows_links(tmp_path, capsys):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "k.txt").write_text("linked")
+    (tmp_path / "code").mkdir()
+    for name in [f"{i}.py" for i in range(40)] + ["x.c", "Makefile", "README.md", "meta.json"]:
+        (tmp_path / "code" / name).write_text(name)
+    (tmp_path / "code" / "rows.json.gz").write_bytes(gzip.compress(b'["row"]'))
+    (tmp_path / "code" / "link").symlink_to(tmp_path / "linked")
+    (tmp_path / "code" / "again").symlink_to(tmp_path / "linked")
+    (tmp_path / "code" / "self").symlink_to(tmp_path / "code")
+    assert sorted(texts_of(corpus_of(tmp_path / "code"))) == ["README.md", "linked", "row"]
+    out = capsys.readouterr().out
+    assert "reading 1 .md, 1 .gz, 1 .txt; left out 40 .py, 1 Makefile, 1 .json, 1 .c" in out
+    (tmp_path / "code" / "self").unlink()
+    assert len(texts_of(corpus_of(f"{tmp_path}/code/**/*.py"))) == 40
+
+
+def test_folder_of_a_hub_dataset_keeps_its_splits(tmp_path, capsys):
+    folder = tmp_path / "hub"
+    for name in ("data/train-00000-of-00002", "data/train-00001-of-00002", "data/validation-00000", "data/test-00000"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(folder / f"{name}.jsonl", [f"{name} {i}" for i in range(20)])
+    (folder / "README.md").write_text("card")
+    train, val = decoded(make(tmp_path / "x", folder)).values()
+    assert (len(train), len(val)) == (40, 20) and all("/train" in text for text in train)
+    assert all("/validation" in text for text in val)
+    assert "1 other, 1 test, 2 train, 1 validation files by their names; only train" in capsys.readouterr().out
+
+    # without validation files, a hash chooses from those of train; other names mean nothing
+    (folder / "data" / "validation-00000.jsonl").unlink()
+    assert all("/train" in text for text in all_decoded(make(tmp_path / "y", folder)))
+    (folder / "data" / "test-00000.jsonl").rename(folder / "data" / "contest.jsonl")
+    assert len(texts_of(corpus_of(folder))) == 61
 
 
 @pytest.mark.parametrize(
@@ -253,7 +426,14 @@ def test_unpaired_quote_does_not_swallow_rows_silently(tmp_path):
             b'{"abstract": "x"}\n',
             r"line 1 of .* no text in column text \(columns: abstract\); use --column=",
         ),
-        ("a.json", b'[\n{"text": "x"}\n]', r"cannot parse line 1 of .* \(expected one JSON object per line"),
+        ("a.json", b'[\n{"text": "x"},\n', "cannot read .*a.json: Expecting value"),
+        ("a.json", b'{"data": [{"text": "x"}]}', r"line 1 of .* no text in column text \(columns: data\)"),
+        ("a.csv", b"id,text\n1,hello, world\n", "cannot parse line 2 of .*one field per column"),
+        ("a.txt", TEXT.encode("utf-16-le"), r"a.txt: not a text file \(begins with b'C"),
+        ("a.txt", TEXT.encode() * 99 + bytes(200), "200 NUL bytes in .* UTF-16 needs a byte-order mark"),
+        ("a.pdf", b"%PDF-1.4\n" + TEXT.encode(), "a.pdf: not a text file"),
+        ("a.arrow", b"\xff\xff\xff\xff" + TEXT.encode() * 99, "a.arrow: not a text file"),
+        ("a.txt", gzip.compress(TEXT.encode()), "a.txt: not a text file"),
         ("a.csv", b"id,abstract\n1,x\n", r"no column text \(columns: id, abstract\); use --column="),
         ("a.csv", b"", "no column text"),
         ("a.txt.gz", b"no gzip", "cannot read .*a.txt.gz: Not a gzipped file"),
@@ -337,7 +517,8 @@ def test_large_vocabularies_are_written_as_uint32(tmp_path):
 def test_words_of_a_million_characters_are_tokenized(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [" " * 1_000_000 + "x", "ab" * 200_000])
     data = make(tmp_path / "x", path, tokenizer="bpe:400")
-    assert "".join(streams(data)).replace("<|endoftext|>", "") == " " * 1_000_000 + "x" + "ab" * 200_000
+    parts = [stream.split("<|endoftext|>") for stream in streams(data)]
+    assert [train + val for train, val in zip(*parts, strict=False)] == [" " * 1_000_000 + "x", "ab" * 200_000]
     CharTokenizer("abc\n").save_pretrained(str(tmp_path))
     with pytest.raises(ValueError, match="the tokenizer cannot encode this text"):
         make(tmp_path / "y", path, tokenizer=str(tmp_path / "tokenizer.json"))
@@ -567,6 +748,27 @@ def test_bytes_of_a_text_do_not_depend_on_the_tokenizer(tmp_path):
         counts[name] = sum(lengths[stream.read(0, len(stream))].sum() for stream in map(data.split, ("train", "val")))
     counts["char"] -= len(documents)  # with it a newline, which is text, ends each document
     assert set(counts.values()) == {sum(len(text.encode()) for text in documents)}, counts
+
+
+def test_validation_part_of_a_long_text_does_not_depend_on_the_tokenizer(tmp_path):
+    train_sentencepiece(tmp_path / "m", "bpe")
+    words = "".join(f"{i} {' '.join(text.split())} " for i, text in enumerate(DOCUMENTS)).strip()
+    assert len(words) > 50_000
+    path, validation = write_jsonl(tmp_path / "a.jsonl", [words]), words[border_of(words, 0.1) :]
+    tokenizers = ["char", "bpe:512", str(tmp_path / "m.model")] + ["gpt2"] * ("TIKTOKEN_CACHE_DIR" in os.environ)
+    for name in tokenizers:
+        data = make(tmp_path / f"x {name.split(chr(47))[-1]}", path, tokenizer=name)
+        tokenizer, n_bytes = from_description(data.tokenizer), {}
+        for split in ("train", "val"):
+            ids = data.split(split).read(0, len(data.split(split)))
+            if split == "val":
+                ids = ids[:-1]  # without the end of text
+                assert tokenizer.decode(ids).lstrip() == validation.lstrip()
+            n_bytes[split] = sum(len(tokenizer.token_bytes(int(i))) for i in ids)
+        assert n_bytes["val"] == len(validation.encode())
+        assert n_bytes["train"] - len((words[: -len(validation)]).encode()) == (
+            "model" in name
+        )  # SentencePiece's space
 
 
 def test_char_dataset_is_readable_by_nanogpt(tmp_path):
@@ -807,6 +1009,8 @@ def test_text_script(prepare, tmp_path, monkeypatch):
     "flags, message",
     [
         ([], "no input; use python data/text/prepare.py book.txt"),
+        (["README.md", "--val=README.md", "--num_samples=3"], "use it without --val"),
+        (["README.md", "--val=README.md"], "the input for train contains no text"),
         (["nowhere.txt"], "no such file or folder: nowhere.txt"),
         (["README.md", "--format=doc"], "--format=doc is not one of txt, md"),
         (["README.md", "--val_share=3"], "--val_share=3.0 is not between 0 and 1"),
@@ -818,6 +1022,15 @@ def test_text_script(prepare, tmp_path, monkeypatch):
 )
 def test_wrong_usage_is_one_line(prepare, flags, message):
     assert message in error_of(prepare("text", *flags))
+
+
+def test_validation_file_of_ones_own(prepare, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text(TEXT * 500)
+    (tmp_path / "notes" / "val.txt").write_text("held out")
+    result = prepare("text", tmp_path / "notes", f"--val={tmp_path}/notes/val.txt", "--tokenizer=char", "--name=own")
+    assert result.code == 0 and "WARNING" not in result.err
+    assert streams(Dataset(str(tmp_path / "data" / "own"))) == [TEXT * 500 + "\n", "held out\n"]
 
 
 def test_standard_input(prepare, tmp_path, monkeypatch):
