@@ -26,8 +26,9 @@ import sys
 import time
 import tokenize
 
-# OpenMP threads that wait spin only briefly, so that a step next to a busy process is not 10 to 50 times slower
-if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+# OpenMP threads that wait spin only briefly, so that a training step next to a busy process is not 10 to 50 times
+# slower. Generation keeps the default: its threads wait between all products, and waking them up takes longer
+if os.path.basename(sys.argv[0]) == "train.py" and not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
     os.environ["GOMP_SPINCOUNT"] = "5000"  # of libgomp; fewer slow small models down on idle CPUs
 
 # Ctrl-C while torch is imported, which takes seconds, ends the script without a traceback

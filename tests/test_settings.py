@@ -215,13 +215,20 @@ def test_device_and_dtype(capsys):
 
 
 @pytest.mark.parametrize(
-    "given, spin_count", [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+    "name, given, spin_count",
+    [
+        ("train.py", {}, "5000"),
+        ("train.py", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("train.py", {"OMP_WAIT_POLICY": "active"}, None),
+        ("sample.py", {}, None),
+    ],
 )
-def test_spin_count_is_set_unless_the_user_has_set_it(monkeypatch, given, spin_count):
+def test_spin_count_is_set_for_training_unless_the_user_has_set_it(monkeypatch, name, given, spin_count):
+    monkeypatch.setattr(sys, "argv", [f"folder/{name}"])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the module replaces
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     monkeypatch.setattr(os, "environ", environment | given)
-    runpy.run_path(str(ROOT / "configurator.py"))
+    exec((ROOT / "configurator.py").read_text(), {"__name__": "configurator"})
     assert os.environ.get("GOMP_SPINCOUNT") == spin_count
 
 
