@@ -285,3 +285,28 @@ def test_names_and_texts_cannot_control_the_terminal(capsys):
 def test_bugs_show_a_traceback(capsys):
     configurator.report_error(KeyError, KeyError("x"), None)
     assert "KeyError: 'x'" in capsys.readouterr().err
+
+
+def readme_commands():
+    """The commands of README.md that start a script here, as lists of words."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ").replace("&&", "")
+    lines = [line for block in re.findall(r"^```sh\n(.*?)^```", text, re.S | re.M) for line in block.splitlines()]
+    lines += re.findall(r"`((?:python|torchrun) [^`]+)`", text)
+    words = [line.split(" #")[0].split() for line in lines]
+    return [line for line in words if {"python", "torchrun"} & set(line) and any(w.endswith(".py") for w in line)]
+
+
+def test_commands_of_the_readme_name_existing_scripts_configs_and_settings():
+    from data.preparation import OPTIONS
+
+    assert len(readme_commands()) > 20
+    for words in readme_commands():
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        name, args = words[at], words[at + 1 :]
+        assert (ROOT / name).exists(), name
+        known = {"help", *(settings_of(name) if name in SCRIPTS else OPTIONS)}
+        for arg in args:
+            if arg.startswith("config/"):
+                assert (ROOT / arg).exists(), arg
+            if arg.startswith("--"):
+                assert arg[2:].partition("=")[0] in known, f"{name} {arg}"
