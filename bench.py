@@ -282,11 +282,14 @@ class Runner:
         if quantized:
             gpt.quantize(self.model)
         self.model.to(ptdtype)
-        if compile:
-            gpt.compile_generation(self.model)
         embeddings = {id(weight) for weight in gpt.embedding_weights(self.model)}
         weights = [*self.model.parameters(), *self.model.buffers()]
-        return sum(weight.nbytes for weight in weights if id(weight) not in embeddings)
+        n_bytes = sum(weight.nbytes for weight in weights if id(weight) not in embeddings)
+        if compile:
+            gpt.compile_generation(self.model)
+        elif not quantized:
+            gpt.pack_weights(self.model)
+        return n_bytes
 
     @torch.no_grad()
     def generate(self, B, n):

@@ -298,6 +298,8 @@ if int8:
 model.to(device, getattr(torch, dtype))
 if compile and configurator.can_compile(device):
     gpt.compile_generation(model)
+elif not int8:
+    gpt.pack_weights(model)
 
 if serve:
     serve_page()

@@ -22,6 +22,7 @@ from model import (
     from_checkpoint,
     model_args,
     orthogonalize,
+    pack_weights,
     peak_flops,
     quantize,
     rope_cos_sin,
@@ -135,6 +136,21 @@ def test_int8_weights_give_close_logits(settings):
         few, _ = model(idx[:1, :4])
         torch.testing.assert_close(few[0, -1].float(), logits[0, 3], atol=0.05 * logits.abs().max().item(), rtol=0)
         model.to(torch.bfloat16)
+
+
+@torch.no_grad()
+def test_packed_weights_give_the_same_logits():
+    models = [small(n_kv_head=2, n_embd=64).to(torch.bfloat16) for _ in range(4)]
+    idx = torch.randint(61, (10, 9))
+    pack_weights(models[1])
+    quantize(models[2])
+    pack_weights(models[3])
+    quantize(models[3])  # after packing, the same as without
+    packed = [type(module).__name__ for module in models[1].modules()].count("PackedLinear")
+    assert packed == 2 * 4 + 1 or not torch.backends.mkldnn.is_available()
+    logits, same, quantized, again = (model(idx)[0].float() for model in models)
+    torch.testing.assert_close(same, logits, atol=0.02 * logits.abs().max().item(), rtol=0)
+    assert torch.equal(quantized, again) and not torch.equal(quantized, logits)
 
 
 def test_stream_ends_when_all_rows_are_finished():
