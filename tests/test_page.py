@@ -65,9 +65,7 @@ def test_visitors_see_their_mistakes(client, inputs, message):
 
 
 def test_page_names_the_model(page):
-    assert re.search(
-        'content="plainGPT: [^"]*ckpt[^"]*, step [0-9]+, best validation loss [0-9.]+"', request(page[1])[1]
-    )
+    assert re.search('content="plainGPT: [^"]*ckpt[^"]*, step ', request(page[1])[1])
 
 
 def request(url, data=None, **headers):
