@@ -254,8 +254,9 @@ def serve_page():
     """Serve a page on 127.0.0.1 until Ctrl-C: prompt, continuation and options."""
     title = for_terminal(f"plainGPT: {path or init_from}")
     if path:
-        val_loss = checkpoint.get("best_val_loss", math.nan)
-        title += f", step {checkpoint.get('iter_num', 'unknown')}, best validation loss {val_loss:.4f}"
+        title += f", step {checkpoint.get('iter_num', 'unknown')}"
+    if "best_val_loss" in checkpoint:
+        title += f", best validation loss {checkpoint['best_val_loss']:.4f}"
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.Markdown(re.sub(r"([^\w ])", r"\\\1", title))
         with gr.Row():
