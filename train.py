@@ -515,9 +515,14 @@ def eval_line(losses):
     """Format an evaluation for the terminal."""
     bits = losses["val/bits_per_byte"]
     line = f"step {iter_num}: train loss {losses['train/loss']:.4f}, val loss {losses['val/loss']:.4f}"
-    line += f", perplexity {losses['val/perplexity']:.2f}"
+    perplexity = losses["val/perplexity"]
+    line += f", perplexity {perplexity:.2f}" if perplexity < 1e9 else f", perplexity {perplexity:.2e}"
     line += f", {bits:.4f} bits per byte" if bits else ""
-    return line + (f", {losses['val/tokens']:,} tokens" if eval_only else "")
+    line += f", {losses['val/tokens']:,} tokens" if eval_only else ""
+    # the weights do worse than none: ln(V) is the loss of equal probabilities
+    if iter_num > 0 and losses["val/loss"] > math.log(vocab_size) + 0.1:
+        line += "\nWARNING: this loss is worse than guessing: try a lower --learning_rate"
+    return line
 
 
 def throughput(dt):
@@ -540,7 +545,7 @@ def progress_line(loss, lr, grad_norm, dt, speed, start):
         eta = datetime.timedelta(seconds=round(min((max_iters - iter_num - 1) * step_seconds, 1e10)))
     return (
         f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu}, "
-        f"{speed['tokens_per_second']:,.0f} tok/s, step {iter_num + 1:,} of {max_iters:,}, eta {eta}, "
+        f"{speed['tokens_per_second']:,.0f} tok/s, {iter_num + 1:,} of {max_iters:,} steps, eta {eta}, "
         f"lr {lr:.2e}, norm {grad_norm:.2f}"
     )
 
@@ -797,7 +802,7 @@ except Exception as e:
     if not isinstance(e, DataError) and not stop_signal.received:
         raise
     exit_code = 2 if isinstance(e, DataError) else 128 + stop_signal.received
-    print(for_terminal(f"error: {first_line(e)}"), file=sys.stderr)
+    print(for_terminal(f"{'error' if exit_code == 2 else 'interrupted'}: {first_line(e)}"), file=sys.stderr)
     if use_fsdp:  # a save needs all ranks, but they wait in another collective: leave, and torchrun stops them
         run.writer.wait()
         run.close(exit_code)
