@@ -627,10 +627,8 @@ class Run:
             if tensorboard_log:
                 from torch.utils.tensorboard import SummaryWriter
 
-                # purge the events that will be logged again; an evaluation at the end of a run that is now longer will not
-                folder, purge = os.path.join(out_dir, "tensorboard"), None
-                if resuming:
-                    purge = iter_num if self.should_evaluate(iter_num) else iter_num + 1
+                # events of steps that are repeated are purged
+                folder, purge = os.path.join(out_dir, "tensorboard"), iter_num if resuming else None
                 self.tensorboard = SummaryWriter(folder, purge_step=purge, flush_secs=10)
             if wandb_log:
                 import wandb
