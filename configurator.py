@@ -23,6 +23,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import tokenize
 
@@ -153,7 +154,10 @@ def configure(script):
     # say what differs from the defaults
     changed = [f"{k}={v!r}" for k, v in settings.items() if k in explicit and v != defaults[k]]
     if changed and os.environ.get("RANK", "0") == "0":
-        print("settings:", ", ".join(changed), file=sys.stderr)
+        line = f"settings: {', '.join(changed)}"
+        if sys.stderr.isatty():
+            line = textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent="    ")
+        print(line, file=sys.stderr)
     return settings, explicit
 
 
