@@ -303,11 +303,10 @@ class Runner:
 
     def perplexity(self):
         """Return the perplexity over windows spread over the validation split."""
-        starts = eval_windows(
-            len(self.tokens["val"]), block_size, 20 * batch_size, self.tokens["val"].block_size is not None
-        )
+        val = self.tokens["val"]
+        starts = eval_windows(len(val), block_size, 20 * batch_size, val.block_size is not None)
         batches = np.array_split(starts, math.ceil(len(starts) / batch_size))
-        batches = (load_batch(self.tokens["val"], batch, block_size, vocab_size, device) for batch in batches)
+        batches = (load_batch(val, batch, block_size, vocab_size, device) for batch in batches)
         loss, count = gpt.sum_losses(self.model, batches)
         return math.exp(loss / count)
 

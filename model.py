@@ -819,7 +819,8 @@ def save_pretrained(model, folder, eot=None, vocab_size=None, end_ids=()):
     """Write a folder for AutoModelForCausalLM: config.json, generation_config.json, model.safetensors.
 
     Settings of an imported model that training does not change are written as they were. eot: id of the end-of-text
-    token of other models. end_ids: ids that end a generation, if not only the model's. vocab_size: the tokenizer's; rows beyond it that only rounded it up are left out.
+    token of other models. vocab_size: the tokenizer's; rows beyond it that only rounded it up are left out. end_ids:
+    the tokens that end a generation, if not those.
     ValueError if no transformers architecture fits, OSError if writing fails.
     """
     import transformers

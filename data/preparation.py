@@ -215,10 +215,9 @@ def finish(folder, state):
             os.replace(path + ".tmp", path)
         print(for_terminal(f"{path}: {files[name]['tokens']:,} tokens"))
     remove_others(folder, files)
-    if (
-        state.meta["tokenizer"]["kind"] == "char" and "extra" not in state.meta["tokenizer"]
-    ):  # nanoGPT's scripts read the vocabulary from here
-        characters = state.meta["tokenizer"]["characters"]
+    tokenizer = state.meta["tokenizer"]
+    if tokenizer["kind"] == "char" and "extra" not in tokenizer:  # nanoGPT's scripts read the vocabulary from here
+        characters = tokenizer["characters"]
         stoi = {c: i for i, c in enumerate(characters)}
         with open(os.path.join(folder, "meta.pkl"), "wb") as f:
             pickle.dump({"vocab_size": len(stoi), "itos": dict(enumerate(characters)), "stoi": stoi}, f)

@@ -170,11 +170,8 @@ def is_valid(meta):
     Example: {"vocab_size": 65, "dtype": "uint16"} -> True, {"vocab_size": 65, "dtype": "float64"} -> False
     """
     try:
-        integers = [
-            meta["vocab_size"],
-            meta.get("block_size", 1),
-            *(file["tokens"] for file in meta.get("files", {}).values()),
-        ]
+        integers = [meta["vocab_size"], *(file["tokens"] for file in meta.get("files", {}).values())]
+        integers += [meta.get("block_size", 1)]
         known_types = meta["dtype"] in ("uint16", "uint32") and isinstance(meta.get("tokenizer"), dict | None)
         return known_types and all(type(n) is int for n in integers) and 0 < meta["vocab_size"] <= 2**32
     except (KeyError, TypeError, AttributeError):
@@ -290,8 +287,8 @@ class Tokens:
 def load_batch(tokens, starts, block_size, vocab_size, device):
     """Return inputs X and targets Y of the windows at starts, both (B, T) int64 on the device; Y is one token later.
 
-    After the end of the stream, and where a mask is 0, targets are -1, which the loss ignores. Raises DataError if a file cannot be read or an
-    id is not in the vocabulary.
+    After the end of the stream, and where the mask is 0, targets are -1, which the loss ignores. Raises DataError if a
+    file cannot be read or an id is not in the vocabulary.
     """
     import torch  # here, because the prepare scripts do not need it
 

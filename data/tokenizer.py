@@ -621,8 +621,8 @@ def match_tokenizers(model, dataset, folder):
     plain = {name: value for name, value in dataset.items() if name != "extra"}
     if not same_tokens(model, dataset) and ("extra" in model or not same_tokens(model, plain)):
         raise ValueError(
-            f"{folder} was prepared with another tokenizer than the model's. Export the model's by sample.py --export=x, "
-            "then python data/text/prepare.py ... --tokenizer=x"
+            f"{folder} was prepared with another tokenizer than the model's. Export the model's by sample.py "
+            "--export=x, then python data/text/prepare.py ... --tokenizer=x"
         )
     if is_chat(dataset):
         return dataset
