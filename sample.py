@@ -252,7 +252,7 @@ def export_model(folder):
     show(f"wrote {folder} (for {reader})")
     if tokenizer.description["kind"] in ("bpe", "char", "symbols"):
         print("llama.cpp's converter does not know this tokenizer: it takes those of published models only")
-    if tokenizer.eot is None:
+    if tokenizer.eot is None and not template:
         print("the tokenizer has no end of text and no padding: trl needs SFTConfig(pad_token=...)")
 
 

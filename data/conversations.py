@@ -169,7 +169,7 @@ class ChatTemplate:
                 before = self.render(messages[:i], reply=True) if message["role"] == "assistant" and i else None
                 if before and text.startswith(before):  # some templates change earlier turns
                     start, end = len(before), self.end_of_turn(text, messages, i, len(before))
-                    mask |= (offsets[:, 0] >= start) & (offsets[:, 1] <= end) & (offsets[:, 1] > offsets[:, 0])
+                    mask |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
         mask[:1] = False  # nothing predicts the first token
         return ids, mask
 
