@@ -302,6 +302,8 @@ def config_hint(path, defaults):
 
     Example: "out", {"out_dir": ...} -> " (did you mean --out_dir=out?)"
     """
+    if " " in path and not path.endswith(".py"):
+        return '; a text is given as --start="..."'
     near = glob.glob(os.path.join(glob.escape(path), "*.py"))  # all files of a folder
     near = sorted(near) or difflib.get_close_matches(path, glob.glob("config/*.py"), n=1, cutoff=0.3)
     if not path.endswith(".py"):

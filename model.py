@@ -92,9 +92,9 @@ ACTIVATIONS = {
 
 
 def rope_cos_sin(pos, config):
-    """Return two tables (T, D) for the positions pos (T,): [cos | cos] and [-sin | sin], concatenated channels.
+    """Return [cos | cos] and [-sin | sin] (T, D), each of two halves of D/2 channels, for positions pos (T,).
 
-    https://arxiv.org/abs/2104.09864
+    Rotary embeddings: https://arxiv.org/abs/2104.09864
     """
     exponents = torch.arange(0, config.head_dim, 2, device=pos.device).float() / config.head_dim
     freqs = 1.0 / config.rope_theta**exponents  # radians per position, (D/2,)
@@ -122,7 +122,8 @@ def attention(q, k, v, mask=None, dropout=0.0):
 
     mask (T, S) is True where a query may attend to a key; None: causal attention with S == T.
     """
-    # two special cases with equal results, for speed (section 11); all others are the call at the end
+    # two cases have faster kernels with equal results (section 11): training on CPUs, and compiled decoding, which has
+    # no dropout; everything else takes the call at the end
     if q.is_cpu and q.requires_grad and mask is None:
         return train_attention_on_cpu(q, k, v, dropout)
     if mask is not None and q.size(2) == 1 and torch.compiler.is_compiling():
@@ -254,8 +255,8 @@ class GPT(nn.Module):
             rope = rope_cos_sin(pos, self.config)
         x = self.transformer.drop(x)
 
-        # without a cache, or when it is filled from the start, S == T: attention() is causal by itself. When decoding,
-        # the query at position i may attend to keys 0 .. i; compiled decoding keeps S constant, so later keys are empty
+        # S == T without a cache, or when an empty one is filled: attention() is causal by itself. Else the query at
+        # position i may attend to keys 0 .. i: in compiled decoding S is the cache's size, and the mask hides its end
         S = caches[0].visible if caches else T
         mask = None if S == T else pos[:, None] >= torch.arange(S, device=idx.device)  # (T, S)
 
@@ -295,8 +296,8 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), generator=None, slide=1):
         """Yield up to max_new_tokens tokens (B,) that continue idx (B, T). Call eval() first.
 
-        Sampling options: see sample_next(). stop: ids of the tokens that end a row, which then repeats the first of
-        them; generation ends when all rows have ended.
+        Sampling options: see sample_next(). stop: token ids that end a row; ended rows are filled up with stop[0], and
+        generation ends when all rows have ended.
         When the context is full, its first `slide` tokens are dropped and the caches are filled again: cached keys and
         values depend on the dropped tokens. slide=1 always uses the last block_size tokens, like nanoGPT, but computes
         the whole context for every token; a larger slide does so less often, with a shorter context.
@@ -384,7 +385,8 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
         outside[:, 0] = False
         removed = torch.zeros_like(outside).scatter(-1, order, outside)  # in the order of the vocabulary
         logits = logits.masked_fill(removed, -math.inf)
-    # inverse-CDF sampling: the first token whose CDF exceeds a random number (torch.multinomial draws V of them)
+    # inverse-CDF sampling: the first token whose CDF exceeds a random number. It draws one number per row, and is
+    # faster than torch.multinomial, which draws V
     cdf = logits.softmax(dim=-1).cumsum(dim=-1)
     drawn = torch.rand(len(cdf), 1, device=cdf.device, generator=generator)
     return torch.searchsorted(cdf, drawn * cdf[:, -1:], right=True).squeeze(-1)

@@ -20,6 +20,7 @@ import glob
 import itertools
 import math
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -291,28 +292,36 @@ def wrap(text, width):
     return [row for line in for_terminal(text).split("\n") for row in textwrap.wrap(line, width) or [""]]
 
 
-def stream_to_page(prompt, temperature, top_k, top_p, length, stop):
-    """Yield prompt and text so far, and tokens per second."""
-    yield prompt, ""  # gradio can cancel only what has yielded, and the first token may take long
+def stream_to_page(prompt, temperature, top_k, top_p, length, stop, seed=None):
+    """Yield the continuation of the prompt so far, and tokens per second."""
+    yield "", ""  # gradio can cancel only what has yielded, and the first token may take long
     options = sampling | dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    if seed is not None:
+        options["generator"] = torch.Generator(device).manual_seed(int(seed))
     text, begin = "", time.perf_counter()
     try:
         for n, piece in enumerate(stream_text(encode(prompt or start), length, stop, options), 1):
             text += piece
-            yield prompt + text, f"{min(n, length) / (time.perf_counter() - begin):.1f} tokens/s"
+            yield text, f"{min(n, length) / (time.perf_counter() - begin):.1f} tokens/s"
     except ValueError as e:
         raise gr.Error(str(e), print_exception=False) from None
 
 
 def serve_page():
-    """Serve a page on 127.0.0.1 until Ctrl-C: prompt, text and options."""
-    with gr.Blocks(title=f"plainGPT: {path or init_from}", analytics_enabled=False) as page:
+    """Serve a page on 127.0.0.1 until Ctrl-C: prompt, continuation and options."""
+    title = for_terminal(f"plainGPT: {path or init_from}")
+    if path:
+        title += f", step {checkpoint.get('iter_num', 'unknown')}"
+    if "best_val_loss" in checkpoint:
+        title += f", best validation loss {checkpoint['best_val_loss']:.4f}"
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
+        gr.Markdown(re.sub(r"([^\w ])", r"\\\1", title))
         with gr.Row():
             with gr.Column(scale=2):
                 prompt = gr.Textbox(start.strip("\n"), label="Prompt", lines=4, placeholder="Shift+Enter generates")
                 with gr.Row():
                     generate_button, stop_button = gr.Button("Generate", variant="primary"), gr.Button("Stop")
-                text, speed = gr.Textbox(label="Text", lines=12, buttons=["copy"]), gr.Textbox(label="Speed")
+                text, speed = gr.Textbox(label="Continuation", lines=12, buttons=["copy"]), gr.Textbox(label="Speed")
             with gr.Column():
                 k_max, n_max = max(vocab_size, top_k), max(4000, max_new_tokens)
                 options = [
@@ -321,8 +330,9 @@ def serve_page():
                     gr.Slider(0, 1, top_p, step=0.01, label="Top-p (0: off)"),
                     gr.Slider(1, n_max, max_new_tokens, step=1, precision=0, label="Length in tokens"),
                     gr.Textbox(stop, label="Stop at this text"),
+                    gr.Number(None, label="Seed (empty: another text each time)", precision=0, minimum=0),
                 ]
-        triggers = [generate_button.click, prompt.submit, options[-1].submit]
+        triggers = [generate_button.click, prompt.submit, options[-2].submit]
         run = gr.on(
             triggers, stream_to_page, [prompt, *options], [text, speed],
             api_name="generate", concurrency_limit=None, show_progress_on=speed,
@@ -337,7 +347,8 @@ def serve_page():
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     with usage_errors():
         local = dict(server_name="127.0.0.1", share=False, run_history=False, footer_links=[], max_file_size=0)
-        page.launch(**local, app_kwargs={"middleware": [trusted]}, quiet=True, prevent_thread_lock=True)
+        local |= dict(quiet=True, prevent_thread_lock=True, inbrowser=sys.stdout.isatty())
+        page.launch(**local, app_kwargs={"middleware": [trusted]})
     print(f"open {page.local_url} in a browser; Ctrl-C ends it", flush=True)
     try:
         page.server.thread.join()

@@ -14,9 +14,9 @@ Ctrl-C or SIGTERM finishes the step, saves and exits; a second signal exits at o
 ends with the same weights, bit for bit, as an uninterrupted one (on GPUs with --deterministic, on CPUs with the same
 number of threads). class Run, below, lists the files in out_dir.
 
-Exit codes: 0 done, 1 the last checkpoint could not be written, 2 wrong usage, no memory or corrupt data, 3 diverged,
-129, 130 and 143 stopped by SIGHUP, SIGINT and SIGTERM. torchrun turns all but 0 into 1; out_dir/exit_code then has the
-code, unless an error ended the run.
+Exit codes: 0 done, 1 the last checkpoint could not be written, 2 wrong usage, out of memory or corrupt data, 3
+diverged, 129, 130 and 143 stopped by SIGHUP, SIGINT and SIGTERM. torchrun turns all but 0 into 1; out_dir/exit_code
+then has the code, unless the run failed at its start or ended with a traceback.
 """
 
 import configurator  # isort: skip  # first: it prepares the import of torch
@@ -115,8 +115,8 @@ timeout = 600  # timeout of collectives, in seconds
 seed = 1337  # of the initial weights, the order of the data, and dropout
 deterministic = False  # use deterministic (slower) algorithms on GPUs; CPUs are always deterministic
 # -----------------------------------------------------------------------------
-# override the globals above. From here on they are what this process uses, with "auto" resolved; config is what
-# checkpoints store, with the model's own values; explicit has the names given in config files or flags
+# override the globals above from config files and flags; explicit: the names that were given. config has the same
+# settings for checkpoints; match_model() below sets its model settings to the loaded model's, but not the globals
 config, explicit = configure(globals())
 
 if plot:
@@ -127,6 +127,11 @@ if plot:
 
 # -----------------------------------------------------------------------------
 # setup
+
+# the exit code of an earlier run must not be taken for this one's
+if os.environ.get("RANK", "0") == "0" and not eval_only:
+    with contextlib.suppress(OSError):
+        os.remove(os.path.join(out_dir, "exit_code"))
 
 # open the checkpoint to start from; there is none for scratch and for Hub models, which load_model() reads
 if init_from.split(":")[0] == "auto":
@@ -141,12 +146,12 @@ if init_from != "scratch":
 
 # resume and eval_only inherit the settings of the checkpoint, except those given now
 inherits = checkpoint is not None and (resuming or eval_only)
-saved_config = dict(checkpoint.get("config", {})) if inherits else {}
-# a decay that ended with the saved run ends with this one, too, whose max_iters may differ
-if saved_config.get("lr_decay_iters") == saved_config.get("max_iters"):
-    saved_config.pop("lr_decay_iters", None)  # leaves the default, 0: max_iters
-changed = []
+saved_config, changed = {}, []
 if inherits:
+    saved_config = dict(checkpoint.get("config", {}))
+    # if the learning rate decayed until max_iters, it does so in this run, too, even if max_iters changes
+    if saved_config.get("lr_decay_iters") == saved_config.get("max_iters"):
+        saved_config.pop("lr_decay_iters", None)
     given = explicit | {"out_dir", "init_from", "device", "backend"}
     changed = configurator.inherit(config, given, saved_config, checkpoint_path)
     globals().update(config, init_from=init_from)  # init_from stays resolved, as above
@@ -210,17 +215,12 @@ else:  # start from the sum of base and adapter
 # block_size, which comes next
 configurator.match_model(config, explicit - {"block_size", "dropout"}, model_fields, init_from)
 
-# context length: as given, else the model's; with RoPE that can be too long to train on, so that of its training
+# context length: as given; else what the checkpoint was trained on, of a new or a Hub model at most the default
 longest, has_rope = model.config.block_size, model.config.position == "rope"
 if "block_size" not in explicit:
-    if data.block_size:  # what conversations were packed for
-        block_size = min(data.block_size, longest)
-    elif checkpoint is None:  # scratch or a Hub model: at most the default
-        block_size = min(block_size, longest)
-    elif has_rope:  # what the checkpoint was trained on
-        block_size = min(checkpoint.get("config", {}).get("block_size", longest), longest)
-    else:
-        block_size = longest
+    if checkpoint:  # with RoPE the model may allow more
+        block_size = checkpoint.get("config", {}).get("block_size", longest) if has_rope else longest
+    block_size = min(data.block_size or block_size, longest)  # what conversations were packed for
 if block_size > longest:
     fail(f"--block_size={block_size} exceeds the model's {longest}")
 if batch_size * block_size >= 2**31:
@@ -236,7 +236,7 @@ config["block_size"] = block_size
 dataset_tokenizer = data.tokenizer or assumed_tokenizer(data.vocab_size)
 model_tokenizer = checkpoint.get("tokenizer") if checkpoint else None
 with usage_errors():
-    if init_from != "scratch" and not checkpoint:
+    if init_from != "scratch" and not checkpoint:  # of a peft adapter's folder, or else of its base model
         model_tokenizer = from_hub(init_from) or from_hub(gpt.adapter_base(init_from))
     tokenizer_description = match_tokenizers(model_tokenizer, dataset_tokenizer, data.folder)
     if "extra" in (tokenizer_description or {}):
@@ -285,17 +285,16 @@ with usage_errors():
         gpt.shard_model(model, device_type, ptdtype)
     else:
         model.to(device)
-    betas = (beta1, beta2)
-    optimizer = gpt.configure_optimizers(model, weight_decay, learning_rate, betas, device_type, muon, ptdtype)
+    optimizer = gpt.configure_optimizers(model, weight_decay, learning_rate, (beta1, beta2), device_type, muon, ptdtype)
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
 # where the run stands
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 iter_num = first_iter = checkpoint.get("iter_num", 0) if inherits else 0
 tokens_seen = 0
-best_val_loss, best_restarts = 1e9, False
+best_val_loss, reset_best = 1e9, False
 wandb_id = None
-if resuming:
+if resuming and not eval_only:
     best_val_loss = float(checkpoint.get("best_val_loss", 1e9))
     wandb_id = checkpoint.get("wandb_id")
     # nanoGPT's checkpoints have no tokens_seen: iter_num steps of the saved batch size
@@ -304,9 +303,9 @@ if resuming:
     tokens_seen = checkpoint.get("tokens_seen", iter_num * saved_step)
     # losses on other validation windows cannot be compared
     saved_windows = saved["dataset"], saved["block_size"], saved["eval_iters"] * saved["batch_size"]
-    best_restarts = saved_windows != (dataset, block_size, eval_iters * batch_size)
-    best_restarts |= checkpoint.get("val_tokens", len(tokens["val"])) != len(tokens["val"])
-    if best_restarts:
+    reset_best = saved_windows != (dataset, block_size, eval_iters * batch_size)
+    reset_best |= checkpoint.get("val_tokens", len(tokens["val"])) != len(tokens["val"])
+    if reset_best:
         best_val_loss = 1e9
     with usage_errors():
         gpt.load_training_state(optimizer, scaler, checkpoint)
@@ -422,7 +421,7 @@ def train():
     # run and stop_signal are created at the end of the file, before this is called
     global iter_num, tokens_seen  # of the completed steps: their number and their tokens
     seconds, timed_steps = 0.0, 0  # since the last log line
-    start = None  # time of the second step: the first one compiles
+    second_step_began = None  # for the ETA: the first step also compiles
     stopping = False
     model.train()
     while True:
@@ -448,7 +447,7 @@ def train():
 
         # one optimizer step; the micro-batches are assigned to the ranks round-robin
         t0 = time.perf_counter()
-        start = start or (t0 if iter_num > first_iter else None)
+        second_step_began = second_step_began or (t0 if iter_num > first_iter else None)
         lr = get_lr(iter_num)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -490,7 +489,7 @@ def train():
             seconds, timed_steps = 0.0, 0
             speed = throughput(dt)
             run.log({"loss": loss, "lr": lr, "grad_norm": grad_norm if math.isfinite(grad_norm) else None} | speed)
-            print0(progress_line(loss, lr, grad_norm, dt, speed, start), progress=True)
+            print0(progress_line(loss, lr, grad_norm, dt, speed, second_step_began), progress=True)
         iter_num += 1
 
 
@@ -515,9 +514,14 @@ def eval_line(losses):
     """Format an evaluation for the terminal."""
     bits = losses["val/bits_per_byte"]
     line = f"step {iter_num}: train loss {losses['train/loss']:.4f}, val loss {losses['val/loss']:.4f}"
-    line += f", perplexity {losses['val/perplexity']:.2f}"
+    perplexity = losses["val/perplexity"]
+    line += f", perplexity {perplexity:.2f}" if perplexity < 1e9 else f", perplexity {perplexity:.2e}"
     line += f", {bits:.4f} bits per byte" if bits else ""
-    return line + (f", {losses['val/tokens']:,} tokens" if eval_only else "")
+    line += f", {losses['val/tokens']:,} tokens" if eval_only else ""
+    # the weights do worse than none: ln(V) is the loss of equal probabilities
+    if iter_num > 0 and losses["val/loss"] > math.log(vocab_size) + 0.1:
+        line += "\nWARNING: this loss is worse than guessing: try a lower --learning_rate"
+    return line
 
 
 def throughput(dt):
@@ -530,17 +534,17 @@ def throughput(dt):
     return {"tokens": tokens_seen, "tokens_per_second": tokens_per_iter / dt, "mfu": mfu}
 
 
-def progress_line(loss, lr, grad_norm, dt, speed, start):
-    """Format a step for the terminal; the second step began at time `start`."""
+def progress_line(loss, lr, grad_norm, dt, speed, second_step_began):
+    """Format a step for the terminal."""
     mfu = f"{speed['mfu']:.2%}" if speed["mfu"] else "unknown"
     # at the mean speed of the run so far, with its evaluations
     eta = "unknown"
-    if start:
-        step_seconds = (time.perf_counter() - start) / (iter_num - first_iter)
+    if second_step_began:
+        step_seconds = (time.perf_counter() - second_step_began) / (iter_num - first_iter)
         eta = datetime.timedelta(seconds=round(min((max_iters - iter_num - 1) * step_seconds, 1e10)))
     return (
         f"iter {iter_num}: loss {loss:.4f}, time {dt * 1000:.2f}ms, mfu {mfu}, "
-        f"{speed['tokens_per_second']:,.0f} tok/s, step {iter_num + 1:,} of {max_iters:,}, eta {eta}, "
+        f"{speed['tokens_per_second']:,.0f} tok/s, {iter_num + 1:,} of {max_iters:,} steps, eta {eta}, "
         f"lr {lr:.2e}, norm {grad_norm:.2f}"
     )
 
@@ -575,8 +579,6 @@ class Run:
             with usage_errors():
                 os.makedirs(out_dir, exist_ok=True)
                 self.lock = FolderLock(out_dir)
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(out_dir, "exit_code"))
                 if resuming:
                     self.continue_files()
                 else:
@@ -590,15 +592,14 @@ class Run:
         latest = os.path.join(out_dir, LATEST)
         if checkpoint_path != latest and os.path.exists(latest):
             os.replace(latest, latest + ".corrupt")
-        if best_restarts:
+        if reset_best:
             self.move_files(BEST)
         # rewrite metrics.jsonl atomically
         if os.path.exists(self.metrics_path):
-            # without those that will be logged again; if the end of a finished run was off the interval, its evaluation
-            # will not be, now that the run is longer
+            # drop what will be logged again; at the former end of a run that is now longer, nothing may be due
+            due = {"loss": True, "val/loss": self.should_evaluate(iter_num), "sample": self.should_sample(iter_num)}
             records = read_metrics(out_dir, before=iter_num + 1)
-            repeats = self.should_evaluate(iter_num)
-            records = [r for r in records if r["iter"] < iter_num or not (repeats or "loss" in r)]
+            records = [r for r in records if r["iter"] < iter_num or not any(due[key] for key in due.keys() & r.keys())]
             with open(self.metrics_path + ".tmp", "w", encoding="utf-8") as f:
                 f.writelines(json.dumps(record) + "\n" for record in records)
             os.replace(self.metrics_path + ".tmp", self.metrics_path)
@@ -625,7 +626,9 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 # events of steps that are repeated are purged
-                folder, purge = os.path.join(out_dir, "tensorboard"), iter_num if resuming else None
+                folder, purge = os.path.join(out_dir, "tensorboard"), None
+                if resuming:
+                    purge = iter_num if self.should_evaluate(iter_num) else iter_num + 1
                 self.tensorboard = SummaryWriter(folder, purge_step=purge, flush_secs=10)
             if wandb_log:
                 import wandb
@@ -662,7 +665,8 @@ class Run:
         self.wait()
         copied = use_fsdp or device_type != "cpu"
         state = {
-            "model": gpt.weights_to_save(raw_model, keep_vars=copied),  # so that copy_to_cpu() copies tied weights once
+            # keep_vars: the parameters themselves, not new views, so that copy_to_cpu() finds tied ones by their id
+            "model": gpt.weights_to_save(raw_model, keep_vars=copied),
             "model_args": gpt.model_args(raw_model.config),
             "iter_num": iter_num,
             "tokens_seen": tokens_seen,
@@ -672,7 +676,7 @@ class Run:
             "tokenizer": tokenizer_description,
             "wandb_id": self.wandb_id,
         }
-        # adapters need their settings, exports what was imported, and resuming the optimizer
+        # an adapter needs its LoRA settings, an export the Hub's config files, a resumed run the optimizer and scaler
         if raw_model.lora:
             state["lora"] = raw_model.lora
         if raw_model.hub:
@@ -709,9 +713,10 @@ class Run:
         previous, self.best_val_loss = self.best_val_loss, val_loss
         if iter_num > 0 and not self.save(BEST):
             self.best_val_loss = previous
-        # if ckpt.pt has this step already, its best_val_loss is the old one. In mid-run that is harmless, because
-        # resuming repeats this evaluation; at the end nothing does
-        if iter_num > self.saved_iter or iter_num >= max_iters > 0:
+        # train() may have saved this step already, with the old best_val_loss. In mid-run, resuming repeats this
+        # evaluation; at the end it may not, if the run is made longer and the end was off the interval: save again
+        at_end = iter_num >= max_iters and iter_num > 0
+        if iter_num > self.saved_iter or at_end:
             self.save(LATEST)
 
     def log(self, record):
@@ -723,9 +728,10 @@ class Run:
         try:
             with open(self.metrics_path, "a", encoding="utf-8") as f:
                 f.write(json.dumps({"iter": iter_num} | record) + "\n")
-            for name, value in record.items() if self.tensorboard else ():
-                add = self.tensorboard.add_text if isinstance(value, str) else self.tensorboard.add_scalar
-                add(name, value, iter_num)
+            if self.tensorboard:
+                for name, value in record.items():
+                    add = self.tensorboard.add_text if isinstance(value, str) else self.tensorboard.add_scalar
+                    add(name, value, iter_num)
             if self.wandb:
                 self.wandb.log({"iter": iter_num} | record, step=iter_num)
             if loss_plot and "val/loss" in record:
@@ -752,7 +758,7 @@ class Run:
 # start and end
 
 out_flag = shlex.quote(f"--out_dir={out_dir}")
-resume = f"{'torchrun ...' if distributed else 'python'} train.py --init_from=resume {out_flag}"
+resume_command = f"{'torchrun ...' if distributed else 'python'} train.py --init_from=resume {out_flag}"
 run = Run()
 stop_signal = StopSignal()
 
@@ -761,15 +767,16 @@ if inherits:
     print0(f"{'resuming from' if resuming else 'evaluating'} {checkpoint_path} at step {iter_num}")
     if changed:
         print0(f"changed since then: {', '.join(changed)}")
-if best_restarts:
+if reset_best:
     print0("best val loss restarts: dataset, block_size or number of evaluation windows changed")
-shape, n_params = raw_model.config, gpt.get_num_params(raw_model)
+n_params = gpt.get_num_params(raw_model)
 n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 epochs = (tokens_seen + (max_iters - iter_num) * tokens_per_iter) / len(tokens["train"])
 print0(device_line + (f", {world_size} ranks" if distributed else "") + (", compiled" if compile else ""))
 print0(f"data {data.folder}: {len(tokens['train']):,} training tokens, {len(tokens['val']):,} validation tokens")
 print0(
-    f"model {n_params / 1e6:.2f}M parameters: {shape.n_layer} layers, {shape.n_head} heads, {shape.n_embd} channels"
+    f"model {n_params / 1e6:.2f}M parameters: {config['n_layer']} layers, {config['n_head']} heads, "
+    f"{config['n_embd']} channels"
     + (f"; training {n_trained / 1e6:.2f}M in adapters of {raw_model.lora['base']}" if raw_model.lora else "")
 )
 if not eval_only:
@@ -788,16 +795,17 @@ if not eval_only:
 if not resuming:
     run.log({"parameters": n_params})
 elif iter_num >= max_iters and not eval_only:
-    print0(f"this run is finished; to train longer: {resume} --max_iters={2 * iter_num}")
+    print0(f"this run is finished; to train longer: {resume_command} --max_iters={2 * iter_num}")
 
 try:
     exit_code = train()
 except Exception as e:
-    # after a signal, any error ends the run in order: Ctrl-C also ends other processes, such as the compiler
+    # after a signal, treat any error as its consequence, and save: Ctrl-C also reaches helper processes, such as the
+    # compiler's, whose death raises here
     if not isinstance(e, DataError) and not stop_signal.received:
         raise
     exit_code = 2 if isinstance(e, DataError) else 128 + stop_signal.received
-    print(for_terminal(f"error: {first_line(e)}"), file=sys.stderr)
+    print(for_terminal(f"{'error' if exit_code == 2 else 'interrupted'}: {first_line(e)}"), file=sys.stderr)
     if use_fsdp:  # a save needs all ranks, but they wait in another collective: leave, and torchrun stops them
         run.writer.wait()
         run.close(exit_code)
@@ -816,9 +824,9 @@ if exit_code != 3 and run.saved_iter < iter_num:
 elif eval_only:
     pass
 elif exit_code == 2 and run.saved_iter:
-    print0(f"stopped at step {iter_num}: prepare the dataset again, then {resume}")
+    print0(f"stopped at step {iter_num}: prepare the dataset again, then {resume_command}")
 elif exit_code > 128:
-    print0(f"stopped at step {iter_num}" + (f"; to continue: {resume}" if run.saved_iter else ""))
+    print0(f"stopped at step {iter_num}" + (f"; to continue: {resume_command}" if run.saved_iter else ""))
 elif exit_code == 0 and iter_num > 0:
     print0(f"done: {iter_num} steps, best val loss {run.best_val_loss:.4f}; python sample.py {out_flag}")
 run.close(exit_code)

@@ -49,7 +49,9 @@ def plot_losses(folders, path):
             axes.plot(*zip(*points["loss"], strict=True), color=color, alpha=0.4)
         if points["val/loss"]:
             step, best = min(points["val/loss"], key=lambda point: point[1])
-            axes.plot(*zip(*points["val/loss"], strict=True), color=color, label=f"{label}: best {best:.4f}")
+            axes.plot(
+                *zip(*points["val/loss"], strict=True), color=color, marker=".", label=f"{label}: best {best:.4f}"
+            )
             axes.plot(step, best, color=color, marker="o")
     axes.set(title="training (pale) and validation loss", xlabel="step", ylabel="loss, nats per token")
     axes.legend()

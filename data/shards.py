@@ -57,7 +57,8 @@ class Dataset:
     def __init__(self, folder):
         script = os.path.join(folder, "prepare.py")
         self.folder = folder
-        self.remedy = f"prepare the dataset: python {script if os.path.exists(script) else 'data/*/prepare.py'}"
+        own_text = f"data/text/prepare.py FILE --name={os.path.basename(folder)}"
+        self.remedy = f"prepare the dataset: python {script if os.path.exists(script) else own_text}"
 
         # is there a complete dataset?
         names = glob.glob("*.bin", root_dir=folder)
@@ -394,8 +395,8 @@ if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when `| head` closes the pipe
     try:
-        if len(sys.argv) != 2:
-            raise ValueError("usage: python data/shards.py FOLDER")
+        if len(sys.argv) != 2 or sys.argv[1] in ("-h", "--help"):
+            raise ValueError("usage: python data/shards.py FOLDER, such as data/mine")
         show(sys.argv[1])
     except (OSError, ValueError) as e:
         from data.tokenizer import for_terminal

@@ -160,7 +160,7 @@ class TiktokenTokenizer(Tokenizer):
 
             self.encoding = tiktoken.get_encoding(name)
         except Exception as e:  # no tiktoken, no network, a corrupt file, an unknown name
-            hint = "connect to the network once, or set TIKTOKEN_CACHE_DIR"
+            hint = "connect to the network once, set TIKTOKEN_CACHE_DIR, or use --tokenizer=bpe:8192"
             raise ValueError(f"tiktoken cannot load {name} ({type(e).__name__}): {hint}") from None
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
         self.description = {"kind": "tiktoken", "name": name}

@@ -78,6 +78,7 @@ def test_flags(settings, args, expected):
         (["--learning_rate=" + "9" * 400], "learning_rate is too large"),
         (["--n_layer=" + "9" * 20], "n_layer is too large"),
         (["--n_layer=" + "-" * 100_000], "must be an integer such as 12, got '---"),
+        (["Call me Ishmael"], 'a text is given as --start="..."'),
         (["config/train_shakespear_char_cpu.py"], "did you mean config/train_shakespeare_char_cpu.py?"),
     ],
 )

@@ -211,6 +211,13 @@ def test_doubtful_settings_give_one_warning(script, tiny_run, flags, doubt):
     assert [w for w in warnings if doubt and doubt in w] == warnings and len(warnings) == bool(doubt)
 
 
+def test_loss_worse_than_guessing_gives_a_warning(train, tiny_run):
+    assert "worse than guessing" not in train(tiny_run.flags).out
+    result = train(tiny_run.flags, "--learning_rate=20")
+    assert "WARNING: this loss is worse than guessing" in result.out
+    assert max(map(len, result.out.splitlines())) < 250  # the perplexity is rounded
+
+
 def test_setup_is_printed(train, tiny_run):
     out = train(tiny_run.flags, "--max_iters=10").out
     for line in (
@@ -247,7 +254,7 @@ def test_progress_lines_count_the_steps_and_the_time_left(train, tiny_run, monke
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr("model.peak_flops", lambda device, dtype: (None, "not measured"))
     out = train(tiny_run.flags, "--max_iters=10").out + train(tiny_run.flags, "--init_from=resume").out
-    lines = re.findall(r"^iter (\d+): .* step (\d+) of (\d+), eta (unknown|0:00:\d\d), lr", out, re.MULTILINE)
+    lines = re.findall(r"^iter (\d+): .* (\d+) of (\d+) steps, eta (unknown|0:00:\d\d), lr", out, re.MULTILINE)
     assert [tuple(map(int, line[:3])) for line in lines] == [(i, i + 1, 10 if i < 10 else 20) for i in range(20)]
     for run in (lines[:10], lines[10:]):
         assert run[0][3] == "unknown"  # the first step compiles
