@@ -3,6 +3,7 @@
 import builtins
 import json
 import os
+import re
 import signal
 import time
 from types import SimpleNamespace
@@ -376,3 +377,22 @@ def test_prompt_drops_the_oldest_turns(bpe):
     assert bpe.decode(shorter) == template.render([*system, *messages[3:]], reply=True)
     with pytest.raises(ValueError, match="room for 3"):
         template.prompt(messages, 3)
+
+
+def test_chat_needs_a_template(sample):
+    assert "no chat template" in sample("--chat", code=2).err
+
+
+def test_chat_page_replies(chat_run, train, start_process, monkeypatch):
+    gradio_client = pytest.importorskip("gradio_client")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")  # the client would connect to another machine
+    train(chat_run.flags, "--max_iters=40")
+    flags = ["--chat", "--serve", "--temperature=0", "--max_new_tokens=12", "--device=cpu", "--dtype=float32"]
+    process = start_process("sample.py", f"--out_dir={chat_run.out}", *flags)
+    address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())
+    assert address, process.communicate()
+    client = gradio_client.Client(address[0], verbose=False)
+    replies = [client.predict("after one two", api_name="/chat") for _ in range(2)]
+    assert len(replies[0]) > 0
+    with pytest.raises(gradio_client.exceptions.AppError, match="cannot encode"):
+        client.predict("UNKNOWN", api_name="/chat")
