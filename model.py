@@ -268,7 +268,7 @@ class GPT(nn.Module):
         # output layer and loss; generation needs the logits of the last position only
         if targets is None:
             return self.lm_head(x[:, [-1]]), None
-        if not return_logits and isinstance(self.lm_head, Linear):  # not after quantize()
+        if not return_logits and isinstance(self.lm_head, Linear):  # not after quantize() or pack_weights()
             return None, linear_cross_entropy(x, self.lm_head.weight, targets)  # in chunks, see section 11
         logits = self.lm_head(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)

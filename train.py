@@ -236,7 +236,7 @@ config["block_size"] = block_size
 dataset_tokenizer = data.tokenizer or assumed_tokenizer(data.vocab_size)
 model_tokenizer = checkpoint.get("tokenizer") if checkpoint else None
 with usage_errors():
-    if init_from != "scratch" and not checkpoint:  # of a peft adapter's folder, or else of its base model
+    if init_from != "scratch" and not checkpoint:  # of a Hub model; an adapter's folder may leave it to its base
         model_tokenizer = from_hub(init_from) or from_hub(gpt.adapter_base(init_from))
     tokenizer_description = match_tokenizers(model_tokenizer, dataset_tokenizer, data.folder)
     if "extra" in (tokenizer_description or {}):
@@ -596,7 +596,7 @@ class Run:
             self.move_files(BEST)
         # rewrite metrics.jsonl atomically
         if os.path.exists(self.metrics_path):
-            # drop what will be logged again; at the former end of a run that is now longer, nothing may be due
+            # drop what will be logged again; if a finished run is trained further, its last evaluation may not be
             due = {"loss": True, "val/loss": self.should_evaluate(iter_num), "sample": self.should_sample(iter_num)}
             records = read_metrics(out_dir, before=iter_num + 1)
             records = [r for r in records if r["iter"] < iter_num or not any(due[key] for key in due.keys() & r.keys())]
@@ -626,9 +626,7 @@ class Run:
                 from torch.utils.tensorboard import SummaryWriter
 
                 # events of steps that are repeated are purged
-                folder, purge = os.path.join(out_dir, "tensorboard"), None
-                if resuming:
-                    purge = iter_num if self.should_evaluate(iter_num) else iter_num + 1
+                folder, purge = os.path.join(out_dir, "tensorboard"), iter_num if resuming else None
                 self.tensorboard = SummaryWriter(folder, purge_step=purge, flush_secs=10)
             if wandb_log:
                 import wandb
