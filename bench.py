@@ -239,7 +239,8 @@ class Runner:
         if not self.tokens:
             xy = torch.randint(vocab_size, (batch_size, block_size + 1), device=device)
             return xy[:, :-1], xy[:, 1:]
-        starts = train_windows(len(self.tokens["train"]), block_size, seed, i * batch_size, batch_size)
+        packed = self.tokens["train"].block_size is not None
+        starts = train_windows(len(self.tokens["train"]), block_size, seed, i * batch_size, batch_size, packed)
         return load_batch(self.tokens["train"], starts, block_size, vocab_size, device)
 
     def train(self, first, count):
@@ -302,9 +303,10 @@ class Runner:
 
     def perplexity(self):
         """Return the perplexity over windows spread over the validation split."""
-        starts = eval_windows(len(self.tokens["val"]), block_size, 20 * batch_size)
+        val = self.tokens["val"]
+        starts = eval_windows(len(val), block_size, 20 * batch_size, val.block_size is not None)
         batches = np.array_split(starts, math.ceil(len(starts) / batch_size))
-        batches = (load_batch(self.tokens["val"], batch, block_size, vocab_size, device) for batch in batches)
+        batches = (load_batch(val, batch, block_size, vocab_size, device) for batch in batches)
         loss, count = gpt.sum_losses(self.model, batches)
         return math.exp(loss / count)
 

@@ -689,6 +689,19 @@ def crop_block_size(model, block_size):
         model.transformer.wpe = nn.Embedding.from_pretrained(weight, freeze=False)
 
 
+@torch.no_grad()
+def grow_vocab_size(model, vocab_size):
+    """Add rows to the token embedding and the output layer, the mean of the others; nothing if there are enough."""
+    n = vocab_size - model.config.vocab_size
+    if n <= 0:
+        return
+    for layer in (model.transformer.wte, model.lm_head):
+        mean = layer.weight.mean(dim=0, keepdim=True)
+        layer.weight = nn.Parameter(torch.cat((layer.weight, mean.expand(n, -1))))
+    model.transformer.wte.num_embeddings = model.lm_head.out_features = model.config.vocab_size = vocab_size
+    model.tie_weights()
+
+
 # modules here: modules of LlamaForCausalLM and Qwen3ForCausalLM; fused matrices list their parts, row blocks in order
 HF_NAMES = {
     "transformer.wte": ["model.embed_tokens"],
@@ -804,11 +817,12 @@ def from_pretrained(name, override_args=None):
     return model.requires_grad_(True)
 
 
-def save_pretrained(model, folder, eot=None, vocab_size=None):
+def save_pretrained(model, folder, eot=None, vocab_size=None, end_ids=()):
     """Write a folder for AutoModelForCausalLM: config.json, generation_config.json, model.safetensors.
 
     Settings of an imported model that training does not change are written as they were. eot: id of the end-of-text
-    token of other models. vocab_size: the tokenizer's; rows beyond it that only rounded it up are left out.
+    token of other models. vocab_size: the tokenizer's; rows beyond it that only rounded it up are left out. end_ids:
+    the tokens that end a generation, if not those.
     ValueError if no transformers architecture fits, OSError if writing fails.
     """
     import transformers
@@ -845,6 +859,7 @@ def save_pretrained(model, folder, eot=None, vocab_size=None):
         rope = values["rope_parameters"]
         values |= dict(rope_theta=rope["rope_theta"], rope_scaling=rope if config.rope_scaling else None)
     generation = hub.get("generation_config") or dict(bos_token_id=eot, eos_token_id=eot)
+    generation |= dict(eos_token_id=list(end_ids)) if end_ids else {}
     for name, content in (("config.json", values), ("generation_config.json", generation)):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
             json.dump(content, f, indent=2)
@@ -1494,7 +1509,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if weight_needs_grad:
                 dw += logits.t() @ rows
         # the mean over the targets that count
-        count = counted.sum()
+        count = counted.sum().clamp(min=1)
         if x_needs_grad:
             ctx.save_for_backward(torch.cat(dx), dw, counted.unsqueeze(1) / count)
         return (torch.cat(losses) * counted).sum() / count

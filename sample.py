@@ -5,6 +5,7 @@ Generate text with a trained GPT.
     python sample.py --init_from=gpt2-xl --start="What is the answer?"      from GPT-2, or a Llama or Qwen3 on the Hub
     python sample.py --out_dir=out --start=FILE:prompt.txt --num_samples=3  a prompt from a file; - is standard input
     python sample.py --out_dir=out --interactive                            continue each line that you type
+    python sample.py --out_dir=out-chat --chat                              talk to it; with --serve, on a page
     python sample.py --out_dir=out --serve                                  the same on a page in your browser
     python sample.py --out_dir=out --export=folder                          write it for transformers, vLLM, llama.cpp
     python sample.py --out_dir=out-lora --export=folder --merge             write an adapter and its base as one model
@@ -29,8 +30,9 @@ import torch
 
 import model as gpt
 from configurator import configure, fail, usage_errors
+from data.conversations import ChatTemplate, to_text
 from data.shards import Dataset, eval_windows, load_batch, read_meta
-from data.tokenizer import assumed_tokenizer, for_terminal, from_description, from_hub, prompt_ids, same_tokens
+from data.tokenizer import assumed_tokenizer, for_terminal, from_description, from_hub, is_chat, prompt_ids, same_tokens
 
 # -----------------------------------------------------------------------------
 init_from = "resume"  # resume (the best checkpoint in out_dir), a checkpoint, its folder, a Hub name
@@ -44,6 +46,7 @@ top_p = 0.0  # nucleus sampling: keep the fewest tokens whose probabilities sum 
 stop = ""  # also end a sample before this text; a sample always ends at the model's end tokens
 slide = 1  # tokens to drop when the context is full; more is faster, see GPT.stream
 stream = False  # print tokens when they are generated, sample by sample; False: all samples in one batch
+chat = False  # talk to a model that was finetuned on conversations; --start is the system message
 interactive = False  # read prompts from the terminal, line by line
 serve = False  # read prompts from a page that only browsers on this machine can open (pip install gradio)
 export = ""  # instead of sampling, write model and tokenizer into this folder in transformers' format
@@ -124,6 +127,13 @@ with usage_errors():
 # the model's end tokens: an imported model has its own, others end a document with the tokenizer's end of text
 end_ids = (model.hub or {}).get("generation_config", {}).get("eos_token_id", tokenizer.eot)
 end_ids = [i for i in (end_ids if isinstance(end_ids, list) else [end_ids]) if i in range(vocab_size)]
+# the token that ends a turn of a conversation, too
+template, turn_ends = None, []
+if chat or (export and is_chat(tokenizer.description)):
+    with usage_errors():
+        template = ChatTemplate(tokenizer)
+    turn_ends = [i for i in [template.end_id] if i is not None and i not in end_ids]
+    end_ids += turn_ends
 slide = min(slide, block_size)
 generator = torch.Generator(device).manual_seed(seed)
 sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, stop=end_ids, slide=slide, generator=generator)
@@ -175,6 +185,53 @@ def print_stream(x):
     print()
 
 
+def reply(messages):
+    """Yield the pieces of a reply to messages, without the oldest ones if the context is too short."""
+    system = [{"role": "system", "content": start}] if "start" in explicit else []
+    ids = template.prompt(system + messages, block_size - min(max_new_tokens, block_size // 2))
+    if max(ids) >= vocab_size:
+        raise ValueError(f"the prompt has token id {max(ids)}, but the model's vocabulary ends at {vocab_size - 1}")
+    x = torch.tensor([ids], device=device)
+    yield from stream_text(x, min(max_new_tokens, block_size - len(ids)), stop, sampling)
+
+
+def chat_in_terminal():
+    """Reply to each line; /reset forgets the earlier ones, Ctrl-C stops a reply, Ctrl-D leaves."""
+    messages = []
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            return
+        if text.strip() == "/reset":
+            messages = []
+            continue
+        answer = ""
+        try:
+            for piece in reply([*messages, {"role": "user", "content": text}]):
+                answer += piece
+                show(piece, end="")
+        except KeyboardInterrupt:
+            pass
+        except ValueError as e:
+            print(f"error: {e}", file=sys.stderr)
+            continue
+        print()
+        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+
+
+def chat_on_page(text, history):
+    """Yield the reply so far to a text after the messages of a history."""
+    messages = [{"role": message["role"], "content": to_text(message["content"]) or ""} for message in history]
+    answer = ""
+    try:
+        for piece in reply([*messages, {"role": "user", "content": text}]):
+            answer += piece
+            yield answer
+    except ValueError as e:
+        raise gr.Error(str(e), print_exception=False) from None
+
+
 def export_model(folder):
     """Write the model, or only its adapter, and the tokenizer in transformers' format."""
     # do not overwrite the source, nor mix adapter and model: libraries would load both
@@ -190,13 +247,13 @@ def export_model(folder):
         gpt.save_adapter(model, folder)
         reader = f"PeftModel, on top of python sample.py --init_from={base} --export=..."
     else:
-        gpt.save_pretrained(model, folder, tokenizer.eot, tokenizer.vocab_size)
+        gpt.save_pretrained(model, folder, tokenizer.eot, tokenizer.vocab_size, end_ids if turn_ends else ())
         reader = "AutoModelForCausalLM and AutoTokenizer"
     tokenizer.save_pretrained(folder)
     show(f"wrote {folder} (for {reader})")
     if tokenizer.description["kind"] in ("bpe", "char", "symbols"):
         print("llama.cpp's converter does not know this tokenizer: it takes those of published models only")
-    if tokenizer.eot is None:
+    if tokenizer.eot is None and not template:
         print("the tokenizer has no end of text and no padding: trl needs SFTConfig(pad_token=...)")
 
 
@@ -206,11 +263,11 @@ def compare_with_base(x):
     with usage_errors():
         data = Dataset(os.path.join("data", dataset))
         tokens = data.split("val")
-        T = max(1, min(block_size, 1024, len(tokens) - 1))
+        T = data.block_size or max(1, min(block_size, 1024, len(tokens) - 1))
         tokens.check(T, vocab_size)
         if data.tokenizer and not same_tokens(data.tokenizer, tokenizer.description):
             fail(f"{data.folder} was prepared with another tokenizer than the model's")
-    starts = eval_windows(len(tokens), T, 256).reshape(-1, 1)
+    starts = eval_windows(len(tokens), T, 256, data.block_size is not None).reshape(-1, 1)
     batches = [load_batch(tokens, start, T, vocab_size, device) for start in starts]
 
     # a column is a title and the samples
@@ -281,6 +338,9 @@ def serve_page():
             api_name="generate", concurrency_limit=None, show_progress_on=speed,
         )  # fmt: skip
         stop_button.click(None, cancels=run)
+    if chat:
+        options = dict(api_name="chat", concurrency_limit=None, analytics_enabled=False)
+        page = gr.ChatInterface(chat_on_page, title=f"plainGPT: {path or init_from}", **options)
 
     os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},127.0.0.1"  # gradio requests its own page
     # other sites must not reach it by a domain name that they point to 127.0.0.1
@@ -314,6 +374,9 @@ elif not int8:
 
 if serve:
     serve_page()
+if chat:
+    chat_in_terminal()
+    sys.exit(0)
 configurator.exit_quietly_on_closed_pipe()  # not for the page: a browser may close its connection
 while interactive:
     try:

@@ -41,7 +41,7 @@ import model as gpt
 from configurator import StopSignal, any_rank, configure, fail, first_line, print0, sum_over_ranks, usage_errors
 from data.metrics import plot_losses, read_metrics
 from data.shards import DataError, Dataset, FolderLock, eval_windows, load_batch, train_windows
-from data.tokenizer import assumed_tokenizer, for_terminal, from_description, from_hub, prompt_ids, same_tokens
+from data.tokenizer import assumed_tokenizer, for_terminal, from_description, from_hub, match_tokenizers, prompt_ids
 from model import BEST, GPT, LATEST, PREVIOUS, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -220,7 +220,7 @@ longest, has_rope = model.config.block_size, model.config.position == "rope"
 if "block_size" not in explicit:
     if checkpoint:  # with RoPE the model may allow more
         block_size = checkpoint.get("config", {}).get("block_size", longest) if has_rope else longest
-    block_size = min(block_size, longest)
+    block_size = min(data.block_size or block_size, longest)  # what conversations were packed for
 if block_size > longest:
     fail(f"--block_size={block_size} exceeds the model's {longest}")
 if batch_size * block_size >= 2**31:
@@ -231,24 +231,20 @@ if block_size < longest and not has_rope:
         fail(f"this run has block_size {longest}: start a new one, {new_run}")
     model.crop_block_size(block_size)
 config["block_size"] = block_size
-with usage_errors():
-    for stream in tokens.values():
-        stream.check(block_size, model.config.vocab_size)
 
-# tokenizer: the model's; the dataset must use the same
+# tokenizer: the model's; the dataset must use the same, or add turn tokens, for which the embedding grows
 dataset_tokenizer = data.tokenizer or assumed_tokenizer(data.vocab_size)
 model_tokenizer = checkpoint.get("tokenizer") if checkpoint else None
 with usage_errors():
     if init_from != "scratch" and not checkpoint:  # of a Hub model; an adapter's folder may leave it to its base
         model_tokenizer = from_hub(init_from) or from_hub(gpt.adapter_base(init_from))
-    tokenizer_description = model_tokenizer or dataset_tokenizer
-    if dataset_tokenizer and not same_tokens(tokenizer_description, dataset_tokenizer):
-        fail(
-            f"{data.folder} was prepared with another tokenizer than the model's. Export the model's by sample.py "
-            "--export=x, then python data/text/prepare.py ... --tokenizer=x"
-        )
-    if dataset_tokenizer and "special_tokens" in dataset_tokenizer:  # encode prompts as the documents were
-        tokenizer_description = tokenizer_description | {"special_tokens": dataset_tokenizer["special_tokens"]}
+    tokenizer_description = match_tokenizers(model_tokenizer, dataset_tokenizer, data.folder)
+    if "extra" in (tokenizer_description or {}):
+        if lora_rank and "extra" not in (model_tokenizer or {}):
+            fail("LoRA cannot learn new turn tokens: set --lora_rank=0, or finetune an instruct model")
+        gpt.grow_vocab_size(model, data.vocab_size)
+    for stream in tokens.values():
+        stream.check(block_size, model.config.vocab_size)
 
 # bytes per token, for bits per byte, and the prompt of the samples
 vocab_size = model.config.vocab_size
@@ -335,11 +331,13 @@ if use_ddp:
 # -----------------------------------------------------------------------------
 # batches, evaluation, learning rate
 
+packed = data.block_size is not None  # into windows of conversations
+
 
 def get_batch(tokens_seen, micro_step):
     """Return inputs and targets (B, T): a pure function of seed, tokens seen and micro-step."""
     first = tokens_seen // block_size + micro_step * batch_size
-    starts = train_windows(len(tokens["train"]), block_size, seed, first, batch_size)
+    starts = train_windows(len(tokens["train"]), block_size, seed, first, batch_size, packed)
     return load_batch(tokens["train"], starts, block_size, vocab_size, device)
 
 
@@ -353,9 +351,9 @@ def eval_batches(split):
     n_tokens = len(tokens[split])
     # with eval_iters=0, the whole validation split, and as much of the training split
     count = eval_iters * batch_size or len(tokens["val"]) // block_size
-    starts = eval_windows(n_tokens, block_size, count)
+    starts = eval_windows(n_tokens, block_size, count, packed)
     if split == "val" and eval_iters == 0:
-        starts = np.arange(0, n_tokens - 1, block_size)  # with the last one, which may be shorter
+        starts = np.arange(0, n_tokens - 1, block_size + int(packed))  # with the last one, which may be shorter
     # pad, so that all ranks get the same number of batches; load_batch() sets targets past the end to -1
     padding = -len(starts) % (world_size * batch_size)
     starts = np.append(starts, [n_tokens] * padding).astype(np.int64)

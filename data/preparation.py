@@ -49,6 +49,7 @@ OPTIONS = {  # name: (default, help)
     "max_bad": (0.01, "largest share of unreadable rows, which are left out, and bytes, which are replaced"),
     "shard_tokens": (0, "tokens per file, train_000000.bin and so on; 0: a single train.bin"),
     "workers": (0, "threads; 0: one per core"),
+    "block_size": (1024, "context length that conversations are packed for, in tokens"),
     "force": (False, "overwrite the dataset in the folder"),
 }
 CORPUS = ("tokenizer", "special_tokens", "column", "val_share", "num_samples", "max_bad", "shard_tokens", "workers")
@@ -101,6 +102,8 @@ def parse_args(doc, names, defaults):
         fail(f"--val_share={args.val_share} is not between 0 and 1")
     if not 0 <= args.max_bad <= 1:
         fail(f"--max_bad={args.max_bad} is not between 0 and 1")
+    if args.block_size < 1:
+        fail(f"--block_size={args.block_size} is not positive")
     if min(args.num_samples, args.shard_tokens, args.workers) < 0:
         fail("--num_samples, --shard_tokens and --workers must not be negative")
     if os.path.basename(args.name) != args.name or args.name in ("", ".", ".."):
@@ -212,8 +215,9 @@ def finish(folder, state):
             os.replace(path + ".tmp", path)
         print(for_terminal(f"{path}: {files[name]['tokens']:,} tokens"))
     remove_others(folder, files)
-    if state.meta["tokenizer"]["kind"] == "char":  # nanoGPT's scripts read the vocabulary from here
-        characters = state.meta["tokenizer"]["characters"]
+    tokenizer = state.meta["tokenizer"]
+    if tokenizer["kind"] == "char" and "extra" not in tokenizer:  # nanoGPT's scripts read the vocabulary from here
+        characters = tokenizer["characters"]
         stoi = {c: i for i, c in enumerate(characters)}
         with open(os.path.join(folder, "meta.pkl"), "wb") as f:
             pickle.dump({"vocab_size": len(stoi), "itos": dict(enumerate(characters)), "stoi": stoi}, f)
@@ -224,7 +228,7 @@ def finish(folder, state):
 def remove_others(folder, names):
     """Remove the files of datasets from a folder, except those named."""
     for name in os.listdir(folder):
-        if re.fullmatch(r"(.*_)?(train|val)(_\d+)?\.bin(\.tmp)?|meta\.(pkl|json)", name) and name not in names:
+        if re.fullmatch(r"(.*_)?(train|val)(_\d+|_mask)?\.bin(\.tmp)?|meta\.(pkl|json)", name) and name not in names:
             os.remove(os.path.join(folder, name))
 
 

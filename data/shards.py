@@ -10,6 +10,9 @@ inputs, and the targets are the same window one token later. meta.json says what
     {"vocab_size": 65, "dtype": "uint16", "tokenizer": {...}, "source": "...", "documents": {...},
      "files": {"train.bin": {"tokens": 1003854, "sha256": "..."}, ...}}
 
+Conversations have a mask next to each file, train_mask.bin: one uint8 per id, 1 where it is a target of training. They
+are packed into windows of "block_size" + 1 ids, which meta.json then has, and each of them is a training example.
+
 Without meta.json, train.bin and val.bin are read, or all shards x_train_000001.bin, x_train_000002.bin ..., either as
 nanoGPT writes them (raw uint16, with the characters in meta.pkl or GPT-2's tokens), or as llm.c and modded-nanogpt do:
 after a header of 256 int32, which starts with a magic number, a version and the number of tokens
@@ -75,6 +78,7 @@ class Dataset:
 
         # the vocabulary and the type of the ids
         self.vocab_size, self.tokenizer = meta.get("vocab_size"), meta.get("tokenizer")
+        self.block_size = meta.get("block_size")  # of packed conversations, else None
         self.dtype = np.dtype(meta.get("dtype", "uint16")).newbyteorder("<")
         magics = {read_header(os.path.join(folder, name))[0] for name in self.names} & FORMATS.keys()
         if len(magics) > 1:
@@ -89,7 +93,12 @@ class Dataset:
             names = [f"{name}.bin"]
         if not names:
             raise FileNotFoundError(f"no {name}.bin in {self.folder}; {self.remedy}")
-        return Tokens({os.path.join(self.folder, file): self.layout(file) for file in names})
+        tokens = Tokens({os.path.join(self.folder, file): self.layout(file) for file in names})
+        if self.block_size:  # the mask has a byte per token
+            tokens.block_size = self.block_size
+            tokens.mask = Tokens({os.path.join(self.folder, f"{name}_mask.bin"): (np.dtype("u1"), 0, len(tokens))})
+            tokens.mask.ids(0)  # fail now if it is too short
+        return tokens
 
     def layout(self, name):
         """Return (dtype, bytes before the ids, number of ids) of a file. Raises ValueError if it is corrupt."""
@@ -163,6 +172,7 @@ def is_valid(meta):
     """
     try:
         integers = [meta["vocab_size"], *(file["tokens"] for file in meta.get("files", {}).values())]
+        integers += [meta.get("block_size", 1)]
         known_types = meta["dtype"] in ("uint16", "uint32") and isinstance(meta.get("tokenizer"), dict | None)
         return known_types and all(type(n) is int for n in integers) and 0 < meta["vocab_size"] <= 2**32
     except (KeyError, TypeError, AttributeError):
@@ -214,7 +224,12 @@ class FolderLock(contextlib.AbstractContextManager):
 
 
 class Tokens:
-    """A stream of token ids over one or more files. parts: {path: (dtype, bytes before the ids, number of ids)}."""
+    """A stream of token ids over one or more files. parts: {path: (dtype, bytes before the ids, number of ids)}.
+
+    Packed conversations have a block_size, and a mask: the Tokens that are 1 for each id to learn.
+    """
+
+    block_size = mask = None
 
     def __init__(self, parts):
         self.paths, self.layouts = list(parts), list(parts.values())
@@ -256,6 +271,9 @@ class Tokens:
 
         In long streams it checks the beginning of each file, where a wrong dtype or vocabulary already shows.
         """
+        if self.block_size not in (None, block_size):
+            problem = f"{self.paths[0]} is packed for block_size {self.block_size}, not {block_size}"
+            raise ValueError(f"{problem}: use --block_size={self.block_size}, or prepare it with another one")
         if len(self) < block_size + 1:
             problem = f"{self.paths[0]} has {len(self):,} tokens, fewer than block_size + 1 = {block_size + 1:,}"
             raise ValueError(f"{problem}: use more text, or --block_size={len(self) - 1} or less")
@@ -270,8 +288,8 @@ class Tokens:
 def load_batch(tokens, starts, block_size, vocab_size, device):
     """Return inputs X and targets Y of the windows at starts, both (B, T) int64 on the device; Y is one token later.
 
-    After the end of the stream targets are -1, which the loss ignores. Raises DataError if a file cannot be read or an
-    id is not in the vocabulary.
+    After the end of the stream, and where the mask is 0, targets are -1, which the loss ignores. Raises DataError if a
+    file cannot be read or an id is not in the vocabulary.
     """
     import torch  # here, because the prepare scripts do not need it
 
@@ -282,30 +300,35 @@ def load_batch(tokens, starts, block_size, vocab_size, device):
         problem = f"{path} has token id {ids[row, column]} in the window at token {starts[row]:,}"
         raise DataError(f"{problem}, but the vocabulary ends at {vocab_size - 1}")
 
-    xy = torch.from_numpy(ids)
+    xy = np.stack((ids[:, :-1].clip(min=0), ids[:, 1:]))  # (2, B, T)
+    if tokens.mask:
+        xy[1][tokens.mask.windows(starts, block_size + 1)[:, 1:] != 1] = -1
+    xy = torch.from_numpy(xy)
     if torch.device(device).type == "cuda":
         xy = xy.pin_memory().to(device, non_blocking=True)  # the copy overlaps with computation
     else:
         xy = xy.to(device)
-    return xy[:, :-1].clamp(min=0), xy[:, 1:]
+    return xy[0], xy[1]
 
 
-def train_windows(n_tokens, block_size, seed, first, count):
+def train_windows(n_tokens, block_size, seed, first, count, packed=False):
     """Return where windows first .. first + count - 1 of the endless training order begin, (count,).
 
     Each epoch shifts the grid of windows at random, and visits each of them once in an order shuffled by the seed.
+    Packed windows do not overlap, not even by one token, and are not shifted.
 
     Example: n_tokens=14, block_size=3, seed=0, first=0, count=6 -> [5, 8, 2, 6, 3, 0]
     """
-    per_epoch = max(1, (n_tokens - block_size) // block_size)  # one less than fit, which makes room for the shift
-    room = min(block_size, n_tokens - per_epoch * block_size)
+    stride = block_size + int(packed)
+    per_epoch = max(1, n_tokens // stride - int(not packed))  # one less than fit, which makes room for the shift
+    room = 1 if packed else min(block_size, n_tokens - per_epoch * block_size)
     starts = []
     while count > 0:
         # as many as this epoch still has
         epoch, i = divmod(first, per_epoch)
         n = min(count, per_epoch - i)
         shift, *keys = np.random.SeedSequence((seed, epoch)).generate_state(5, np.uint64)
-        starts.append(shuffle(np.arange(i, i + n), per_epoch, keys) * block_size + int(shift) % room)
+        starts.append(shuffle(np.arange(i, i + n), per_epoch, keys) * stride + int(shift) % room)
         first, count = first + n, count - n
     return np.concatenate(starts)
 
@@ -333,14 +356,15 @@ def shuffle(i, n, keys):
     return out.astype(np.int64)
 
 
-def eval_windows(n_tokens, block_size, count):
+def eval_windows(n_tokens, block_size, count, packed=False):
     """Return where `count` windows that are spread evenly over the stream begin; all windows if it has fewer.
 
     Example: n_tokens=100, block_size=10, count=4 -> [0, 20, 40, 60]
     """
-    available = (n_tokens - 1) // block_size
+    stride = block_size + int(packed)
+    available = n_tokens // stride if packed else (n_tokens - 1) // stride
     count = min(count, available)
-    return np.arange(count) * available // count * block_size
+    return np.arange(count) * available // count * stride
 
 
 # -----------------------------------------------------------------------------
@@ -358,7 +382,7 @@ def show(folder):
     for split in ("train", "val"):
         tokens, documents = data.split(split), meta.get("documents", {}).get(split) or "unknown"
         print(for_terminal(f"{split}: {len(tokens):,} tokens, files: {len(tokens.paths)}, documents: {documents}"))
-        tokens.check(1, data.vocab_size or tokenizer.vocab_size)
+        tokens.check(data.block_size or 1, data.vocab_size or tokenizer.vocab_size)
         ids = tokens.read(0, min(len(tokens), 1 << 20)).tolist()
         frequent = [i for i, _ in collections.Counter(ids).most_common(10)]
         print("    beginning:", repr(tokenizer.decode(ids[:200])) if tokenizer else ids[:20])

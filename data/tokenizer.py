@@ -14,6 +14,7 @@ checkpoints, and from_description() makes the same tokenizer again: ids are neve
 import base64
 import codecs
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,12 @@ UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # the text of an id without a token
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space
 HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|im_end|>")  # the usual names, in this order
+# the chat template of tokenizers that have none: <|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n ...
+TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 BPE_SAMPLE = 1 << 28  # bytes of text that a vocabulary is learned from; more would change it little
 
 # GPT-2's words, whose borders no token crosses (https://github.com/openai/gpt-2, src/encoder.py; ++ is only faster)
@@ -351,6 +358,56 @@ class HubTokenizer(Tokenizer):
         return self.files
 
 
+class ExtendedTokenizer(Tokenizer):
+    """Another tokenizer and extra tokens, whose ids come after its own. Text never becomes one of them."""
+
+    def __init__(self, base, extra):
+        self.base, self.extra, self.eot, self.bos = base, extra, base.eot, base.bos
+        self.vocab_size = base.vocab_size + len(extra)
+        self.special = {*base.special, *range(base.vocab_size, self.vocab_size)}
+        self.encode, self.prompt, self.encode_documents = base.encode, base.prompt, base.encode_documents
+
+    def decode(self, ids):
+        is_extra = range(self.base.vocab_size, self.vocab_size).__contains__
+        runs = [(extra, list(run)) for extra, run in itertools.groupby(map(int, ids), is_extra)]
+        return "".join(b"".join(map(self.token_bytes, run)).decode() if x else self.base.decode(run) for x, run in runs)
+
+    def token_bytes(self, i):
+        n = i - self.base.vocab_size
+        return self.extra[n].encode() if 0 <= n < len(self.extra) else self.base.token_bytes(i)
+
+    def hub_files(self):
+        from tokenizers import AddedToken, Tokenizer
+
+        files = self.base.hub_files()
+        tokenizer = Tokenizer.from_str(files["tokenizer.json"])
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in self.extra])
+        if [tokenizer.token_to_id(token) for token in self.extra] != list(range(self.base.vocab_size, self.vocab_size)):
+            raise ValueError("cannot add turn tokens after the vocabulary, which skips ids; use another tokenizer")
+        config = json.loads(files.get("tokenizer_config.json", "{}"))
+        config = {"eos_token": self.extra[-1]} | {name: value for name, value in config.items() if value is not None}
+        files |= {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config, indent=2)}
+        return {"chat_template.jinja": CHATML} | files
+
+
+def with_chat_template(tokenizer):
+    """Return a tokenizer that has a chat template: its own, or ChatML, with new tokens if it lacks <|im_start|>."""
+    if is_chat(tokenizer.description):
+        return tokenizer
+    description, extra = tokenizer.description, list(TURN_TOKENS)
+    if isinstance(tokenizer, HubTokenizer):
+        description = description | {"files": tokenizer.files | {"chat_template.jinja": CHATML}}
+        extra = [] if set(extra) <= set(tokenizer.added.values()) else extra
+    return from_description(description | ({"extra": extra} if extra else {}))
+
+
+def is_chat(description):
+    """Tell whether a tokenizer has a chat template. Example: {"kind": "char", "characters": "ab"} -> False"""
+    files = (description or {}).get("files", {})
+    in_files = "chat_template.jinja" in files or '"chat_template"' in files.get("tokenizer_config.json", "")
+    return in_files or "extra" in (description or {})
+
+
 def tokens_before(tokenizer):
     """Return the ids that a tokenizer of the tokenizers library adds before a text, such as a beginning of text."""
     try:
@@ -511,11 +568,14 @@ def from_description(description):
     }
     try:
         arguments = dict(description)
-        special_tokens = arguments.pop("special_tokens", None)
+        special_tokens, extra = arguments.pop("special_tokens", None), arguments.pop("extra", None)
         tokenizer = kinds[arguments.pop("kind")](**arguments)
     except (KeyError, TypeError):
         raise ValueError(f"unknown tokenizer description: {str(description)[:80]}") from None
-    tokenizer.special_tokens, tokenizer.description = special_tokens, description
+    tokenizer.special_tokens = special_tokens
+    if extra:
+        tokenizer = ExtendedTokenizer(tokenizer, extra)
+    tokenizer.description = description
     return tokenizer
 
 
@@ -548,6 +608,26 @@ def same_tokens(a, b):
         return True
     a, b = from_description(a), from_description(b)
     return a.vocab_size == b.vocab_size and all(a.token_bytes(i) == b.token_bytes(i) for i in range(a.vocab_size))
+
+
+def match_tokenizers(model, dataset, folder):
+    """Return the description of the tokenizer to train with, from those of a model and of a dataset, or None.
+
+    It is the model's, and recognizes special tokens as the dataset's does; or the dataset's, if that adds a chat
+    template. ValueError if the same id stands for different bytes.
+    """
+    if not (model and dataset):
+        return model or dataset
+    plain = {name: value for name, value in dataset.items() if name != "extra"}
+    if not same_tokens(model, dataset) and ("extra" in model or not same_tokens(model, plain)):
+        raise ValueError(
+            f"{folder} was prepared with another tokenizer than the model's. Export the model's by sample.py "
+            "--export=x, then python data/text/prepare.py ... --tokenizer=x"
+        )
+    if is_chat(dataset):
+        return dataset
+    # encode prompts as the documents were
+    return model | {name: dataset[name] for name in ("special_tokens",) if name in dataset}
 
 
 def prompt_ids(tokenizer, text, vocab_size):

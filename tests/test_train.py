@@ -302,9 +302,9 @@ def test_resume_with_another_batch_size_continues_the_windows(train, tiny_run, m
 
     visited, train_windows = [], data.shards.train_windows
 
-    def recorded(n_tokens, block_size, seed, first, count):
+    def recorded(n_tokens, block_size, seed, first, count, packed):
         visited.extend(range(first, first + count))
-        return train_windows(n_tokens, block_size, seed, first, count)
+        return train_windows(n_tokens, block_size, seed, first, count, packed)
 
     monkeypatch.setattr(data.shards, "train_windows", recorded)
     train(tiny_run.flags, "--max_iters=10")  # 2 x 4 sequences per step

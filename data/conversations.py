@@ -1,0 +1,299 @@
+"""
+Turn conversations into a dataset folder: windows of whole conversations, and a mask of what is learned.
+
+    with prepare_script(__doc__, "inputs", ...) as args:
+        write_conversations(folder, {None: args.inputs}, args, source="where they are from")
+
+The tokenizer's chat template turns messages into text: its own, or the one in data/tokenizer.py. Learned are the
+assistant's turns and the tokens that end them. Each window has block_size + 1 tokens and contains as many whole
+conversations as fit, then padding.
+"""
+
+import collections
+import contextlib
+import functools
+import json
+import os
+import tempfile
+
+import numpy as np
+
+from data.documents import LONGEST, Files, decompress, extension, read_json, read_jsonl
+from data.preparation import State, TokenFiles, begin, finish, fraction, load_tokenizer, make_recipe, read, sha256_of
+from data.shards import FolderLock
+from data.tokenizer import for_terminal, with_chat_template
+
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+OPEN = 64  # windows that a conversation may go into; more would leave less padding
+
+# -----------------------------------------------------------------------------
+# from rows to messages
+
+
+def to_messages(row):
+    """Return the messages of a row as [{"role": ..., "content": ...}]; ValueError if it is not a conversation.
+
+    Rows have OpenAI's messages, ShareGPT's conversations, or Alpaca's instruction, input and output.
+    Example: {"instruction": "Add.", "input": "1 1", "output": "2"} -> a user's "Add.\\n\\n1 1", an assistant's "2"
+    """
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    turns = row.get("messages") or row.get("conversations") or row.get("conversation")
+    if turns is None and "instruction" in row and "output" in row:
+        prompt = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": row["output"]}]
+        if row.get("system"):
+            turns = [{"role": "system", "content": row["system"]}, *turns]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"no messages, conversations or instruction and output (columns: {', '.join(list(row)[:20])})")
+    messages = []
+    for turn in turns:
+        role = turn.get("role") or turn.get("from")
+        content = to_text(turn.get("content") if "content" in turn else turn.get("value"))
+        if not isinstance(role, str) or content is None or turn.get("tool_calls"):
+            raise ValueError("a message without role or text, or with a tool call")
+        messages.append({"role": ROLES.get(role.lower(), role.lower()), "content": content})
+    return messages
+
+
+def to_text(content):
+    """Return the text of a message's content. Example: [{"type": "text", "text": "Hi"}] -> "Hi"; an image -> None"""
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    return content.encode("utf-8", "replace").decode() if isinstance(content, str) else None
+
+
+def read_rows(file, column):
+    """Yield all columns of a parquet file, in the terms of data/documents.py."""
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    for batch in ParquetFile(file).iter_batches(batch_size=256):
+        for row in batch.to_pylist():
+            number += 1
+            yield f"row {number}", row, 0
+
+
+class Conversations(Files):
+    """A corpus of conversations. Its pieces are the messages as JSON."""
+
+    def texts(self, raw, path):
+        """Yield the messages of each row of an open file, and count rows without any."""
+        readers = {"jsonl": read_jsonl, "ndjson": read_jsonl, "json": read_json, "parquet": read_rows}
+        reader = readers.get(self.format or extension(path))
+        if reader is None:
+            raise ValueError(f"conversations are in jsonl, json or parquet files; use --format={'|'.join(readers)}")
+        file = raw if reader is read_rows else decompress(raw, path)
+        for where, row, size in reader(file, None):
+            self.counts["rows"] += 1
+            self.counts["bytes of rows"] += size
+            try:
+                text = json.dumps(to_messages(row), ensure_ascii=False)
+                if len(text) > LONGEST:
+                    raise ValueError(f"a conversation of more than {LONGEST:,} characters")
+                yield text
+            except ValueError as e:
+                self.count_bad_row(None, size, f"{where} of {path}: {e}")
+
+
+# -----------------------------------------------------------------------------
+# from messages to tokens
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, applied by transformers. ValueError if there is none, or it refuses the messages.
+
+    end: the text of the token that ends an assistant's turn, or "" if the template has none; end_id: its id
+    """
+
+    def __init__(self, tokenizer):
+        from transformers import AutoTokenizer
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            self.library = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not self.library.chat_template:
+            raise ValueError("the tokenizer has no chat template: finetune on data/chat, or use an instruct model")
+        self.marks_turns = "{% generation" in str(self.library.chat_template).replace("{%-", "{%")
+        self.added = {token.content: i for i, token in self.library.added_tokens_decoder.items() if token.special}
+
+        # the first special token after a reply ends it
+        question = [{"role": "user", "content": "a"}]
+        reply = self.render([*question, {"role": "assistant", "content": "zq"}]).rpartition("zq")[2]
+        self.end = min((token for token in self.added if token in reply), key=reply.index, default="")
+        self.end_id = self.added.get(self.end)
+
+    def render(self, messages, reply=False):
+        """Return messages as text; reply=True: up to where the assistant's reply begins."""
+        try:
+            return self.library.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+        except Exception as e:  # templates raise errors of their own
+            raise ValueError(f"the chat template refuses the messages: {e or type(e).__name__}") from None
+
+    def encode(self, text):
+        """Return transformers' encoding of a text that the template has rendered."""
+        try:
+            return self.library(text, add_special_tokens=False, return_offsets_mapping=True)
+        except Exception as e:  # the tokenizers library raises Exception itself
+            raise ValueError(f"the tokenizer cannot encode the conversation: {e}") from None
+
+    def prompt(self, messages, length):
+        """Return the ids of messages and the beginning of a reply, at most `length`: the oldest turns are dropped."""
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        turns = messages[len(system) :]
+        while True:
+            ids = self.encode(self.render(system + turns, reply=True))["input_ids"]
+            if len(ids) <= length:
+                return ids
+            # up to the next question
+            later = [i for i, turn in enumerate(turns) if i > 0 and turn["role"] == "user"]
+            if not later:
+                raise ValueError(f"the message has {len(ids):,} tokens, but the context has room for {length:,}")
+            turns = turns[later[0] :]
+
+    def encode_conversation(self, messages):
+        """Return ids (n,) and the mask (n,) of what is learned: the assistant's turns and their end tokens."""
+        text = self.render(messages)
+        if self.marks_turns:
+            options = dict(tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+            encoded = self.library.apply_chat_template(messages, **options)
+            ids, mask = np.array(encoded["input_ids"]), np.array(encoded["assistant_masks"], dtype=bool)
+        else:
+            encoded = self.encode(text)
+            ids, offsets = np.array(encoded["input_ids"]), np.array(encoded["offset_mapping"]).reshape(-1, 2)
+            mask = np.zeros(len(ids), dtype=bool)
+            for i, message in enumerate(messages):
+                before = self.render(messages[:i], reply=True) if message["role"] == "assistant" and i else None
+                if before and text.startswith(before):  # some templates change earlier turns
+                    start, end = len(before), self.end_of_turn(text, messages, i, len(before))
+                    mask |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
+        mask[:1] = False  # nothing predicts the first token
+        return ids, mask
+
+    def end_of_turn(self, text, messages, i, start):
+        """Return where turn i, which begins at `start`, ends in a text."""
+        content = messages[i]["content"].strip()
+        after = max(start, text.find(content, start) + len(content))
+        end = text.find(self.end, after) if self.end else -1
+        return end + len(self.end) if end >= 0 else after
+
+
+# -----------------------------------------------------------------------------
+# from tokens to windows
+
+
+def pack(items, window):
+    """Group items (split, ids, mask), which are not longer than a window, into windows: (split, [(ids, mask)]).
+
+    Each item is appended to the fullest of the OPEN windows that has room.
+    Example: lengths 3, 2, 1 and window 4 -> windows of 3 + 1 and 2
+    """
+    waiting = {"train": [], "val": []}  # lists of [room, items]
+    for split, ids, mask in items:
+        fits = [w for w in waiting[split] if w[0] >= len(ids)]
+        if fits:
+            best = min(fits, key=lambda w: w[0])
+        else:
+            best = [window, []]
+            waiting[split].append(best)
+        best[0] -= len(ids)
+        best[1].append((ids, mask))
+        if len(waiting[split]) > OPEN or best[0] == 0:
+            fullest = min(waiting[split], key=lambda w: w[0])
+            waiting[split] = [w for w in waiting[split] if w is not fullest]
+            yield split, fullest[1]
+    for split, windows in waiting.items():
+        for _, conversations in windows:
+            yield split, conversations
+
+
+def encode_all(corpus, args, template, counts):
+    """Yield (split, ids, mask) of each conversation with a reply, and count those left out and truncated."""
+    with contextlib.closing(read(corpus, args, State({}), "preparing")) as pieces:
+        for piece, _, _ in pieces:
+            split = piece.split or ("val" if fraction(piece.text, 0) < args.val_share else "train")
+            try:
+                ids, mask = template.encode_conversation(json.loads(piece.text))
+            except ValueError as e:
+                corpus.first_bad = corpus.first_bad or str(e)
+                counts["refused by the template or tokenizer"] += 1
+                continue
+            truncated = len(ids) > args.block_size + 1
+            ids, mask = ids[: args.block_size + 1], mask[: args.block_size + 1]
+            if not mask.any():
+                counts["too long for a reply" if truncated else "without a reply"] += 1
+                continue
+            counts["truncated"] += truncated
+            counts[split] += 1
+            yield split, ids, mask
+
+
+def write_conversations(folder, splits, args, source):
+    """Write the conversations of Conversations(splits, args) into a dataset folder, which is replaced at the end."""
+    corpus = Conversations(splits, args)
+    os.makedirs(folder, exist_ok=True)
+    with FolderLock(folder):
+        recipe = make_recipe(corpus, args) | {"block_size": args.block_size}
+        state = begin(folder, recipe, args.force)
+        if state is None:
+            return
+        if not state.replacing:
+            state = State(recipe)
+            state.save(folder)
+            state.meta = encode(folder, corpus, args) | {"source": source, "recipe": recipe}
+        finish(folder, state)
+
+
+def encode(folder, corpus, args):
+    """Write windows and masks to .tmp files. Return the content of meta.json."""
+    tokenizer = with_chat_template(load_tokenizer(args.tokenizer, functools.partial(contents, corpus, args)))
+    template, counts = ChatTemplate(tokenizer), collections.Counter()
+    window, padding = args.block_size + 1, tokenizer.eot or 0
+    tokens, masks = {"train": 0, "val": 0}, {"train_mask": 0, "val_mask": 0}
+    files, mask_files = (TokenFiles(folder, tokenizer.vocab_size, 0, n) for n in (tokens, masks))
+    mask_files.dtype = np.dtype("u1")
+    for split, conversations in pack(encode_all(corpus, args, template, counts), window):
+        ids, mask = (np.concatenate(parts) for parts in zip(*conversations, strict=True))
+        counts["learned"] += int(mask.sum())
+        counts["padding"] += window - len(ids)
+        files.write(split, np.pad(ids, (0, window - len(ids)), constant_values=padding))
+        mask_files.write(f"{split}_mask", np.pad(mask, (0, window - len(mask))))
+    for split in tokens:
+        if not tokens[split]:
+            hint = f" (first problem: {corpus.first_bad})" if corpus.first_bad else "; is --val_share right?"
+            raise ValueError(f"no conversation with a reply for {split}{hint}")
+    files.sync()
+    mask_files.sync()
+
+    # report what was left out, and how much is learned
+    left_out = {f"conversations {name}": n for name, n in counts.items() if " " in name or name == "truncated"}
+    left_out |= {"bad rows": corpus.counts["bad rows"]}
+    for name, n in left_out.items():
+        if n:
+            print(for_terminal(f"{n:,} {name}" + (f" (first: {corpus.first_bad})" if corpus.first_bad else "")))
+    total = sum(tokens.values())
+    print(f"{counts['learned'] / total:.1%} of the tokens are learned, {counts['padding'] / total:.1%} are padding")
+    all_files = [(f, name, n) for f in (files, mask_files) for name, n in f.sizes().items()]
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": files.dtype.name,
+        "tokenizer": tokenizer.description,
+        "block_size": args.block_size,
+        "documents": {split: counts[split] for split in tokens},
+        "left_out": {name: n for name, n in left_out.items() if n},
+        "files": {name: {"tokens": n, "sha256": sha256_of(f.path(name))} for f, name, n in all_files},
+    }
+
+
+def contents(corpus, args, size):
+    """Yield texts to make a tokenizer from: about `size` characters of messages, or all for None."""
+    yield "system\nuser\nassistant\n"
+    for piece, _, _ in read(corpus, args, State({}), f"reading for {args.tokenizer}"):
+        for message in json.loads(piece.text):
+            yield message["content"]
+            size = size and max(1, size - len(message["content"]))
+        if size == 1:
+            break

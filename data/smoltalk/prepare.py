@@ -1,0 +1,24 @@
+"""
+Prepare SmolTalk, a million conversations with which SmolLM2 became an assistant (HuggingFaceTB/smoltalk on the Hub).
+
+    python data/smoltalk/prepare.py --num_samples=20000
+    python data/smoltalk/prepare.py --input='smoltalk/*.parquet' --tokenizer=gpt2
+    python train.py config/finetune_chat.py --dataset=smoltalk
+
+The whole dataset takes an hour. See data/chat/prepare.py for conversations of your own.
+"""
+
+import os
+import sys
+
+here = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(here, "..", ".."))
+from data.conversations import write_conversations  # noqa: E402
+from data.preparation import prepare_script  # noqa: E402
+
+HUB = "hf://datasets/HuggingFaceTB/smoltalk/data/all/train-*.parquet"
+
+if __name__ == "__main__":
+    flags = ("input", "block_size", "val_share", "num_samples", "max_bad")
+    with prepare_script(__doc__, *flags, tokenizer="HuggingFaceTB/SmolLM2-135M") as args:
+        write_conversations(here, {None: [args.input or HUB]}, args, source=args.input or HUB)
