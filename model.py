@@ -770,12 +770,35 @@ def from_pretrained(name, override_args=None):
     A peft adapter is merged into its base. override_args replaces fields of the GPTConfig. OSError if the model cannot
     be loaded, ValueError if it has features that are not supported here, or weights that do not fit.
     """
+    config = GPTConfig(**from_hf_config(load_hf_config(name)) | (override_args or {}))
+    hf = load_hf_model(name)
+    hf_weights = hf.state_dict()
+    # an adapter may have changed one of two tied matrices
+    config.tied = config.tied and torch.equal(hf.get_input_embeddings().weight, hf.lm_head.weight)
+    hub = dict(config=json.loads(hf.config.to_json_string(use_diff=False)))
+    hub["generation_config"] = json.loads(hf.generation_config.to_json_string())
+    del hf
+
+    # move the tensors over one by one, so that no more than one is in memory twice; biases that it lacks become 0
+    with torch.device("meta"):
+        model = GPT(config)
+    weights = {}
+    for key, weight in model.state_dict().items():
+        weights[key] = torch.zeros(weight.shape)
+        for hf_name, part in hf_parts(key, weights[key], config):
+            if hf_name in hf_weights:
+                part.copy_(hf_weights[hf_name] if config.tied else hf_weights.pop(hf_name))
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    model.hub = hub
+    return model.requires_grad_(True)
+
+
+def load_hf_model(name):
+    """Return the model of transformers of a folder or Hub name, with a peft adapter merged; errors as above."""
     import transformers
 
-    hf_config = load_hf_config(name)
-    config = GPTConfig(**from_hf_config(hf_config) | (override_args or {}))
-
-    # let transformers read the files; it reports the weights that do not fit
+    # transformers reports the weights that do not fit
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     options = dict(output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False)
@@ -791,30 +814,12 @@ def from_pretrained(name, override_args=None):
                 warnings.simplefilter("ignore")
                 warnings.filterwarnings("error", "Found missing adapter keys")
                 hf = PeftModel.from_pretrained(hf, name).merge_and_unload()
-            config.tied = config.tied and torch.equal(hf.get_input_embeddings().weight, hf.lm_head.weight)
     except Exception as e:  # corrupt files raise many exception types
         raise OSError(f"cannot load the weights of {name}: {str(e).strip() or type(e).__name__}") from None
     wrong = [f"{kind.removesuffix('_keys')} {', '.join(map(str, keys))}" for kind, keys in info.items() if keys]
     if wrong:
         raise ValueError(f"the weights of {name} do not fit its config.json: {'; '.join(wrong)[:400]}")
-
-    # move the tensors over one by one, so that no more than one is in memory twice; biases that it lacks become 0
-    hf_weights = hf.state_dict()
-    hub = dict(config=json.loads(hf.config.to_json_string(use_diff=False)))
-    hub["generation_config"] = json.loads(hf.generation_config.to_json_string())
-    del hf
-    with torch.device("meta"):
-        model = GPT(config)
-    weights = {}
-    for key, weight in model.state_dict().items():
-        weights[key] = torch.zeros(weight.shape)
-        for hf_name, part in hf_parts(key, weights[key], config):
-            if hf_name in hf_weights:
-                part.copy_(hf_weights[hf_name] if config.tied else hf_weights.pop(hf_name))
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
-    model.hub = hub
-    return model.requires_grad_(True)
+    return hf
 
 
 def save_pretrained(model, folder, eot=None, vocab_size=None, end_ids=()):

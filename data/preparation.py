@@ -413,21 +413,8 @@ def encode(folder, corpus, args, state):
         print("the unfinished files are corrupt: starting again")
         return encode(folder, corpus, args, State(state.recipe))
     write_documents(corpus, args, state, tokenizer, files)
-    if sum(state.tokens.values()) < 2:
-        raise ValueError("the input contains no text")
-    if 0 in state.tokens.values():
-        if not corpus.by_share:
-            raise ValueError(f"the input for {min(state.tokens, key=state.tokens.get)} contains no text")
-        print("too few documents to split; using the last 10 % of the tokens for validation")
-        files.split_last_tenth()
-        state.documents = {}
+    check_splits(corpus, args, state, files)
     files.sync()
-    share = state.tokens["val"] / sum(state.tokens.values())
-    if corpus.by_share and state.documents and not 0.5 < share / args.val_share < 1.5:
-        reason = "documents are few or differ much in length"
-        print(
-            f"WARNING: {share:.1%} of the tokens are val, not --val_share={args.val_share}: {reason}", file=sys.stderr
-        )
 
     # describe them
     return {
@@ -438,6 +425,24 @@ def encode(folder, corpus, args, state):
         "left_out": {name: corpus.counts[name] for name in BAD if corpus.counts[name]},
         "files": {name: {"tokens": n, "sha256": sha256_of(files.path(name))} for name, n in files.sizes().items()},
     }
+
+
+def check_splits(corpus, args, state, files):
+    """Split the tokens if one split has none; warn if val_share was missed. ValueError if there is no text."""
+    if sum(state.tokens.values()) < 2:
+        raise ValueError("the input contains no text")
+    if 0 in state.tokens.values():
+        if not corpus.by_share:
+            raise ValueError(f"the input for {min(state.tokens, key=state.tokens.get)} contains no text")
+        print("too few documents to split; using the last 10 % of the tokens for validation")
+        files.split_last_tenth()
+        state.documents = {}
+    share = state.tokens["val"] / sum(state.tokens.values())
+    if corpus.by_share and state.documents and not 0.5 < share / args.val_share < 1.5:
+        reason = "documents are few or differ much in length"
+        print(
+            f"WARNING: {share:.1%} of the tokens are val, not --val_share={args.val_share}: {reason}", file=sys.stderr
+        )
 
 
 def write_documents(corpus, args, state, tokenizer, files):
