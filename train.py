@@ -802,8 +802,10 @@ except Exception as e:
     # compiler's, whose death raises here
     if not isinstance(e, DataError) and not stop_signal.received:
         raise
-    exit_code = 2 if isinstance(e, DataError) else 128 + stop_signal.received
-    print(for_terminal(f"{'error' if exit_code == 2 else 'interrupted'}: {first_line(e)}"), file=sys.stderr)
+    exit_code = 128 + stop_signal.received
+    if isinstance(e, DataError):
+        exit_code = 2
+        print(for_terminal(f"error: {e}"), file=sys.stderr)
     if use_fsdp:  # a save needs all ranks, but they wait in another collective: leave, and torchrun stops them
         run.writer.wait()
         run.close(exit_code)
