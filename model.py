@@ -854,7 +854,15 @@ def save_pretrained(model, folder, eot=None, vocab_size=None, end_ids=()):
     hf.generation_config = transformers.GenerationConfig()
     hf.save_pretrained(folder)
 
-    # field names that llama.cpp and transformers before version 5 expect in config.json
+    generation = hub.get("generation_config") or dict(bos_token_id=eot, eos_token_id=eot)
+    if end_ids:
+        generation = generation | dict(eos_token_id=list(end_ids))
+    complete_export(folder, config, generation)
+
+
+def complete_export(folder, config, generation):
+    """Write generation_config.json, and the field names that older readers expect in config.json."""
+    # llama.cpp, and transformers before version 5
     path = os.path.join(folder, "config.json")
     with open(path, encoding="utf-8") as f:
         values = json.load(f)
@@ -863,8 +871,6 @@ def save_pretrained(model, folder, eot=None, vocab_size=None, end_ids=()):
     else:
         rope = values["rope_parameters"]
         values |= dict(rope_theta=rope["rope_theta"], rope_scaling=rope if config.rope_scaling else None)
-    generation = hub.get("generation_config") or dict(bos_token_id=eot, eos_token_id=eot)
-    generation |= dict(eos_token_id=list(end_ids)) if end_ids else {}
     for name, content in (("config.json", values), ("generation_config.json", generation)):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
             json.dump(content, f, indent=2)

@@ -2,11 +2,11 @@
 Generate text with a trained GPT.
 
     python sample.py --out_dir=out-shakespeare-char                         from the best checkpoint of a run
-    python sample.py --init_from=gpt2-xl --start="What is the answer?"      from GPT-2, or a Llama or Qwen3 on the Hub
+    python sample.py --init_from=gpt2-xl --start="What is the answer?"      from GPT-2, or another model on the Hub
     python sample.py --out_dir=out --start=FILE:prompt.txt --num_samples=3  a prompt from a file; - is standard input
     python sample.py --out_dir=out --interactive                            continue each line that you type
-    python sample.py --out_dir=out-chat --chat                              talk to it; with --serve, on a page
     python sample.py --out_dir=out --serve                                  the same on a page in your browser
+    python sample.py --out_dir=out-chat --chat                              talk to it; with --serve, on a page
     python sample.py --out_dir=out --export=folder                          write it for transformers, vLLM, llama.cpp
     python sample.py --out_dir=out-lora --export=folder --merge             write an adapter and its base as one model
     python sample.py --out_dir=out-lora --compare                           compare an adapter with its base
@@ -307,8 +307,8 @@ def stream_to_page(prompt, temperature, top_k, top_p, length, stop, seed=None):
         raise gr.Error(str(e), print_exception=False) from None
 
 
-def serve_page():
-    """Serve a page on 127.0.0.1 until Ctrl-C: prompt, continuation and options."""
+def text_page():
+    """Return the page with prompt, continuation and options."""
     title = for_terminal(f"plainGPT: {path or init_from}")
     if path:
         title += f", step {checkpoint.get('iter_num', 'unknown')}"
@@ -338,10 +338,17 @@ def serve_page():
             api_name="generate", concurrency_limit=None, show_progress_on=speed,
         )  # fmt: skip
         stop_button.click(None, cancels=run)
-    if chat:
-        options = dict(api_name="chat", concurrency_limit=None, analytics_enabled=False)
-        page = gr.ChatInterface(chat_on_page, title=f"plainGPT: {path or init_from}", **options)
+    return page
 
+
+def chat_page():
+    """Return the page of a conversation."""
+    options = dict(api_name="chat", concurrency_limit=None, analytics_enabled=False)
+    return gr.ChatInterface(chat_on_page, title=for_terminal(f"plainGPT: {path or init_from}"), **options)
+
+
+def serve_page(page):
+    """Serve a page on 127.0.0.1 until Ctrl-C."""
     os.environ["no_proxy"] = f"{os.environ.get('no_proxy', '')},127.0.0.1"  # gradio requests its own page
     # other sites must not reach it by a domain name that they point to 127.0.0.1
     trusted = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
@@ -373,7 +380,7 @@ elif not int8:
     gpt.pack_weights(model)
 
 if serve:
-    serve_page()
+    serve_page(chat_page() if chat else text_page())
 if chat:
     chat_in_terminal()
     sys.exit(0)

@@ -5,7 +5,7 @@
 # For conversations of your own, and other models, see data/chat/prepare.py.
 
 out_dir = "out-chat"
-init_from = "HuggingFaceTB/SmolLM2-135M"  # a checkpoint, its folder, or any GPT-2, Llama or Qwen3 on the Hub
+init_from = "HuggingFaceTB/SmolLM2-135M"  # a checkpoint, its folder, or a model on the Hub
 eval_interval = 100
 eval_iters = 20
 sample_interval = 0  # prompts are conversations: sample.py --chat

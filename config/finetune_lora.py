@@ -5,7 +5,7 @@
 #   python sample.py --out_dir=out-lora --compare
 
 out_dir = "out-lora"
-init_from = "gpt2"  # a checkpoint, its folder, or any GPT-2, Llama or Qwen3 on the Hub
+init_from = "gpt2"  # a checkpoint, its folder, or a model on the Hub
 eval_interval = 50
 eval_iters = 40
 sample_interval = 100

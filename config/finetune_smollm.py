@@ -4,7 +4,7 @@
 #   python sample.py --out_dir=out-smollm --export=smollm-shakespeare
 
 out_dir = "out-smollm"
-init_from = "HuggingFaceTB/SmolLM2-135M"  # any Llama or Qwen3: a Hub name or a folder
+init_from = "HuggingFaceTB/SmolLM2-135M"  # a Hub name or a folder
 eval_interval = 5
 eval_iters = 40
 always_save_checkpoint = False  # it overfits quickly, so only save when val improves
