@@ -1,6 +1,7 @@
 """Fixtures: a tiny dataset, and the scripts run as a user runs them, in this process or in one of their own."""
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -62,6 +63,7 @@ def pytest_collection_modifyitems(items):
     """The longest tests start first: at the end one of them would leave the other worker idle."""
     long = ("compile", "rank", "kill", "fsdp")
     items.sort(key=lambda item: not any(word in item.name for word in long))
+    gc.freeze()  # what is imported by now need not be searched for garbage again and again
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 """
-train.py with injected faults. FAULTS=backward,save,evaluate,nan,hang,interrupt: one per start by torchrun, on rank 1
+train.py with injected faults. FAULTS=backward,save,nan,hang,interrupt: one per start by torchrun, on rank 1
 except save.
 """
 
@@ -31,8 +31,6 @@ def die(*_):
 def faulty_forward(self, *args, **options):
     calls[self.training] += 1
     here = rank == "1" and calls[True] == 8
-    if fault == "evaluate" and rank == "1" and not self.training and calls[True] > 4:
-        die()
     if fault == "hang" and here:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10**6)

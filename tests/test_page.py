@@ -1,5 +1,6 @@
 """sample.py --serve, requested by gradio's own client."""
 
+import contextlib
 import json
 import os
 import re
@@ -19,27 +20,36 @@ from gradio_client import Client  # noqa: E402
 from gradio_client.exceptions import AppError  # noqa: E402
 
 
-@pytest.fixture(scope="module")
-def page(trained):
+@contextlib.contextmanager
+def serve(trained):
     """The process that serves the page of a tiny model, and its address."""
     flags = (f"--out_dir={trained}", "--device=cpu", "--dtype=float32", "--temperature=0", f"--max_new_tokens={10**9}")
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen([sys.executable, "sample.py", *flags, "--serve=True"], cwd=ROOT, **pipes)
     address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())
     assert address, process.communicate()
-    yield process, address[0]
-    process.kill()
-    process.communicate()
+    try:
+        yield process, address[0]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def page(trained):
+    """The address of a page for all tests."""
+    with serve(trained) as (_, address):
+        yield address
 
 
 @pytest.fixture
 def client(page):
-    return Client(page[1], verbose=False)
+    return Client(page, verbose=False)
 
 
 def test_several_visitors_stream_the_same_text(page, sample):
     expected = sample("--start=Call me Ish", "--max_new_tokens=20", "--num_samples=1", "--temperature=0").out
-    clients = [Client(page[1], verbose=False) for _ in range(2)]
+    clients = [Client(page, verbose=False) for _ in range(2)]
     jobs = [client.submit("Call me Ish", length=20, api_name="/generate") for client in clients]  # at once
     for job in jobs:
         text, speed = job.result(timeout=60)
@@ -66,7 +76,7 @@ def test_visitors_see_their_mistakes(client, inputs, message):
 
 
 def test_page_names_the_model(page):
-    assert re.search('content="plainGPT: [^"]*ckpt[^"]*, step ', request(page[1])[1])
+    assert re.search('content="plainGPT: [^"]*ckpt[^"]*, step ', request(page)[1])
 
 
 def request(url, data=None, **headers):
@@ -81,12 +91,12 @@ def request(url, data=None, **headers):
 
 @pytest.mark.parametrize("host, code", [("127.0.0.1", 200), ("localhost:80", 200), ("a.com", 400), ("a.com:80", 400)])
 def test_only_names_of_this_machine_are_served(page, host, code):
-    assert [request(page[1] + path, Host=host)[0] for path in ("", "gradio_api/info")] == [code, code]
+    assert [request(page + path, Host=host)[0] for path in ("", "gradio_api/info")] == [code, code]
 
 
 def test_uploads_are_refused(page):
     body = b'--B\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nx\r\n--B--\r\n'
-    code, text = request(page[1] + "gradio_api/upload", body, Content_Type="multipart/form-data; boundary=B")
+    code, text = request(page + "gradio_api/upload", body, Content_Type="multipart/form-data; boundary=B")
     assert code == 413 and "exceeded maximum allowed size of 0 bytes" in text
 
 
@@ -109,13 +119,16 @@ def test_cancel_makes_room_for_others(client):
 def test_requests_that_nobody_reads_block_no_visitor(page, client):
     endless = json.dumps({"data": ["Call", 1, 0, 0, 10**9, ""]}).encode()
     for _ in range(8):
-        assert request(page[1] + "gradio_api/call/generate", endless, Content_Type="application/json")[0] == 200
+        assert request(page + "gradio_api/call/generate", endless, Content_Type="application/json")[0] == 200
     assert client.submit("Call me Ish", length=20, api_name="/generate").result(timeout=60)[0]
 
 
-def test_ctrl_c_ends_the_page(page, client):
-    wait_for_output(client.submit("Call", 1, 0, 0, 10**9, "", api_name="/generate"))
-    process, _ = page
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    assert "no token for" not in process.stderr.read()  # visitors see their mistakes, the terminal does not
+def test_ctrl_c_ends_the_page(trained):
+    with serve(trained) as (process, address):  # its own: the other tests need theirs
+        client = Client(address, verbose=False)
+        with pytest.raises(AppError):
+            client.predict("日本", api_name="/generate")
+        wait_for_output(client.submit("Call", 1, 0, 0, 10**9, "", api_name="/generate"))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert "no token for" not in process.stderr.read()  # visitors see their mistakes, the terminal does not

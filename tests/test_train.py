@@ -792,8 +792,8 @@ def test_two_ranks_equal_one_and_survive_kills(train, torchrun, tiny_run, tmp_pa
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "whole")
     for key in ("loss", "val/loss", "train/loss", "grad_norm"):
         assert [r[key] for r in two if key in r] == pytest.approx([r[key] for r in one if key in r], abs=1e-4)
-    faults = {"FAULTS": "backward,save,evaluate"}
-    job = torchrun("tests/faulty_train.py", *flags, "--init_from=auto", restarts=3, env=faults)
+    faults = {"FAULTS": "backward,save"}
+    job = torchrun("tests/faulty_train.py", *flags, "--init_from=auto", restarts=2, env=faults)
     _, err = job.communicate(timeout=240)
     assert job.returncode == 0, err
     assert re.findall(r"fault: (\w+)", err) == faults["FAULTS"].split(",")
