@@ -53,7 +53,7 @@ class GPTConfig:
     head_dim: int = 0  # channels per head; 0: n_embd / n_head
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    rope_scaling: tuple = ()  # Llama 3.1's (factor, low_freq_factor, high_freq_factor, original block_size); (): none
+    rope_scaling: dict | None = None  # how an imported model extends its context: rope_parameters in its config.json
 
     def __post_init__(self):
         check_config(self)  # ValueError, see section 7
@@ -98,10 +98,9 @@ def rope_cos_sin(pos, config):
     """
     exponents = torch.arange(0, config.head_dim, 2, device=pos.device).float() / config.head_dim
     freqs = 1.0 / config.rope_theta**exponents  # radians per position, (D/2,)
-    if config.rope_scaling:
-        freqs = scale_rope_freqs(freqs, *config.rope_scaling)  # as Llama 3.1, see section 7
+    freqs, length = scale_rope(freqs, config) if config.rope_scaling else (freqs, 1.0)  # a longer context, section 7
     angles = pos[:, None] * freqs  # (T, D/2)
-    return angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=-1)
+    return length * angles.cos().repeat(1, 2), length * torch.cat((-angles.sin(), angles.sin()), dim=-1)
 
 
 def apply_rope(x, cos, signed_sin):
@@ -598,15 +597,29 @@ def check_config(config):
         raise ValueError(f"n_layer and n_embd give {n_params:.1e} parameters: lower them")
 
 
-def scale_rope_freqs(freqs, factor, low_freq_factor, high_freq_factor, original_block_size):
-    """Divide the low frequencies by `factor`, as Llama 3.1 does to extend its context.
+def scale_rope(freqs, config):
+    """Return frequencies (D/2,) and a length for a longer context, as config.rope_scaling says.
 
-    Example: tensor([1.0, 1e-2, 1e-4]), 8, 1, 4, 8192 -> tensor([1.0, 1e-2, 1.25e-5])
+    Low frequencies are divided by a factor, high ones are kept: Llama 3.1 tells them apart by the rotations within the
+    original context, YaRN (https://arxiv.org/abs/2309.00071) by their index; linear scaling keeps none.
+    Example: tensor([1.0, 1e-2, 1e-4]), Llama 3.1's scaling by 8 -> tensor([1.0, 1e-2, 1.25e-5]), 1.0
     """
-    rotations = original_block_size * freqs / (2 * math.pi)  # within the original context
-    # 1: a high frequency, which is kept; 0: a low one
-    kept = ((rotations - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return kept * freqs + (1 - kept) * freqs / factor
+    scaling = config.rope_scaling
+    original = scaling.get("original_max_position_embeddings")
+    # kept: 1 for high frequencies, 0 for low ones, between them a ramp
+    if scaling["rope_type"] == "linear":
+        kept = 0.0
+    elif scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = ((original * freqs / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+    else:
+        # the indices of the frequencies that rotate 32 times and once
+        rotations = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
+        scale = config.head_dim / (2 * math.log(config.rope_theta))
+        start, end = (scale * math.log(original / (2 * math.pi * n)) for n in rotations)
+        start, end = max(math.floor(start), 0), min(math.ceil(end), config.head_dim - 1)
+        kept = 1 - ((torch.arange(len(freqs), device=freqs.device) - start) / max(end - start, 1e-3)).clamp(0, 1)
+    return kept * freqs + (1 - kept) * freqs / scaling["factor"], scaling.get("attention_factor") or 1.0
 
 
 def model_args(config):
@@ -650,9 +663,13 @@ def from_checkpoint(checkpoint, **override):
 
     ValueError names every weight that is missing, unexpected or of another shape.
     """
-    # an unknown field raises TypeError
+    # rope_scaling was Llama 3.1's four numbers, once; an unknown field raises TypeError
+    fields = checkpoint["model_args"] | override
+    if isinstance(fields.get("rope_scaling"), tuple):
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        fields["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(names, fields["rope_scaling"], strict=False))
     try:
-        config = GPTConfig(**checkpoint["model_args"] | override)
+        config = GPTConfig(**fields)
     except TypeError as e:
         raise ValueError(f"invalid model_args in the checkpoint: {e}") from None
     # torch.compile and DDP prefix the names; old GPT-2 checkpoints contain attention masks
@@ -881,7 +898,7 @@ def complete_export(folder, config, generation):
 
 HF_MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 HF_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-HF_ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+HF_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # fields here: fields of transformers' configs
 GPT2_FIELDS = dict(
     block_size="n_positions", vocab_size="vocab_size", n_layer="n_layer", n_head="n_head", n_embd="n_embd",
@@ -920,7 +937,7 @@ def from_hf_config(hf):
     wrong = find_mismatches(hf, allowed)
     rope = getattr(hf, "rope_parameters", None) or {}
     rope_type = rope.get("rope_type", "default")
-    if rope_type not in ("default", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+    if rope_type not in HF_ROPE_TYPES or rope.get("partial_rotary_factor", 1) != 1 or rope.get("truncate") is False:
         wrong.append(f"rope_parameters={rope}")
     if wrong:
         raise ValueError(f"this {hf.model_type} model uses unsupported settings: {', '.join(wrong)}")
@@ -932,8 +949,12 @@ def from_hf_config(hf):
     # what has no field of the same meaning
     if hf.model_type == "gpt2":
         return fields | dict(mlp=HF_ACTIVATIONS[hf.activation_function], bias=True)
-    if rope_type == "llama3":
-        fields["rope_scaling"] = tuple(rope[name] for name in HF_ROPE_SCALING)
+    if rope_type != "default":
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        _, length = ROPE_INIT_FUNCTIONS[rope_type](hf)
+        scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+        fields["rope_scaling"] = scaling | ({"attention_factor": length} if rope_type == "yarn" else {})
     if hf.model_type == "mistral" and hf.sliding_window:  # within the window, attention is the same
         fields["block_size"] = min(fields["block_size"], hf.sliding_window)
     has_bias = hf.model_type == "qwen2" or getattr(hf, "attention_bias", False) or getattr(hf, "mlp_bias", False)
@@ -968,13 +989,11 @@ def to_hf_config(config, eot=None, source=None):
         fields["activation_function"] = "gelu" if config.mlp == "gelu" else "gelu_new"
         fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
     else:
-        fields["rope_parameters"] = dict(rope_type="default", rope_theta=config.rope_theta)
+        scaling = config.rope_scaling or dict(rope_type="default")
+        fields["rope_parameters"] = scaling | dict(rope_theta=config.rope_theta)
         fields["attention_bias"] = config.bias
     if model_type == "llama":
         fields["mlp_bias"] = config.bias
-    if config.rope_scaling:
-        scaling = dict(zip(HF_ROPE_SCALING, config.rope_scaling, strict=True))
-        fields["rope_parameters"] |= scaling | dict(rope_type="llama3")
     # what an imported model says besides; another architecture shares the ids of special tokens only
     kept = source or dict(bos_token_id=eot, eos_token_id=eot)
     if kept.get("model_type") != model_type:

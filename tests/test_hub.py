@@ -43,6 +43,7 @@ STRETCHED = dict(
     rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )  # fmt: skip
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=32)
 CONFIGS = {
     "gpt2": GPT2Config(**GPT2),
     "gpt2, exact gelu, another width": GPT2Config(**GPT2, activation_function="gelu", n_inner=80),
@@ -50,6 +51,9 @@ CONFIGS = {
     "llama": LlamaConfig(**LLAMA),
     "llama, tied, biases": LlamaConfig(**LLAMA, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
     "llama, stretched": LlamaConfig(**LLAMA, rope_parameters=STRETCHED),
+    "llama, linear": LlamaConfig(**LLAMA, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)),
+    "llama, yarn": LlamaConfig(**LLAMA, head_dim=32, rope_parameters=YARN),
+    "qwen3, yarn": Qwen3Config(**LLAMA, head_dim=32, rope_parameters=dict(**YARN, beta_fast=8, attention_factor=0.9)),
     "llama, wide heads": LlamaConfig(**{**LLAMA, "num_key_value_heads": 4}, head_dim=12),
     "llama, biases of attention": LlamaConfig(**LLAMA, attention_bias=True),
     "mistral": MistralConfig(**LLAMA, sliding_window=None),
@@ -239,7 +243,8 @@ def test_sharded_and_bin_files_are_read(shards, tmp_path):
         (Qwen3Config(**LLAMA, use_sliding_window=True, sliding_window=8), "use_sliding_window=True"),
         (Qwen3Config(**LLAMA, attention_bias=True), "attention_bias=True"),
         (LlamaConfig(**LLAMA, hidden_act="gelu"), "hidden_act=gelu"),
-        (LlamaConfig(**LLAMA, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)), "linear"),
+        (LlamaConfig(**LLAMA, rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), "dynamic"),
+        (LlamaConfig(**LLAMA, rope_parameters=dict(**YARN, truncate=False)), "truncate"),
         (GPT2Config(**GPT2, activation_function="relu"), "activation_function=relu"),
         (GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx=True"),
     ],

@@ -30,12 +30,15 @@ from model import (
 )
 
 SMALL = dict(block_size=16, vocab_size=61, n_layer=2, n_head=4, n_embd=32)
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=4
+)
 ARCHITECTURES = [
     dict(),
     dict(bias=False),
     dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=1, bias=False),
     dict(norm="rmsnorm", position="rope", mlp="relu2", n_kv_head=2, qk_norm=True, tied=False, head_dim=6),
-    dict(position="rope", qk_norm=True, n_hidden=40, rope_scaling=(8.0, 1.0, 4.0, 4)),
+    dict(position="rope", qk_norm=True, n_hidden=40, rope_scaling=LLAMA3),
 ]
 
 
@@ -441,6 +444,12 @@ def test_model_args_round_trip(settings):
     again = from_checkpoint({"model": model.state_dict(), "model_args": model_args(config)}).eval()
     idx = torch.randint(61, (2, 9))
     assert torch.equal(again(idx)[0], model(idx)[0])
+
+
+def test_earlier_checkpoints_have_four_numbers_of_llama3():
+    model = small(position="rope", rope_scaling=LLAMA3)
+    earlier = model_args(model.config) | {"rope_scaling": (8.0, 1.0, 4.0, 4)}
+    assert from_checkpoint({"model": model.state_dict(), "model_args": earlier}).config == model.config
 
 
 def test_inconsistent_config_is_refused():
