@@ -79,7 +79,7 @@ class Conversations(Files):
     """A corpus of conversations. Its pieces are the messages as JSON."""
 
     def texts(self, raw, path):
-        """Yield the messages of each row of an open file, and count rows without any."""
+        """Yield (messages, True) of each row of an open file, and count rows without any."""
         readers = {"jsonl": read_jsonl, "ndjson": read_jsonl, "json": read_json, "parquet": read_rows}
         reader = readers.get(self.format or extension(path))
         if reader is None:
@@ -92,7 +92,7 @@ class Conversations(Files):
                 text = json.dumps(to_messages(row), ensure_ascii=False)
                 if len(text) > LONGEST:
                     raise ValueError(f"a conversation of more than {LONGEST:,} characters")
-                yield text
+                yield text, True
             except ValueError as e:
                 self.count_bad_row(None, size, f"{where} of {path}: {e}")
 

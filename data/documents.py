@@ -31,7 +31,7 @@ from typing import NamedTuple
 from data.tokenizer import for_terminal
 
 HUB = "hf://"  # prefix of files on the Hugging Face Hub
-LONGEST = 1 << 22  # characters; a longer text is several documents
+LONGEST = 1 << 22  # characters of a Piece; a longer document has several
 END_OF_TEXT = "<|endoftext|>"  # separates documents in text files
 
 COMPRESSED = {"gz": "gzip", "bz2": "bz2", "xz": "lzma", "zst": "pyarrow"}  # ending: module
@@ -123,12 +123,12 @@ class Files:
         codecs.register_error("count", self.count_undecodable)
         try:
             with self.open(path) as raw:
-                for text in self.texts(raw, path):
+                for text, ends in self.texts(raw, path):
                     self.counts["characters"] += len(text)
                     self.counts["NUL bytes"] += text.count("\0")
                     self.bytes_read = start + raw.tell()
                     for i in range(0, len(text), LONGEST):
-                        yield Piece(text[i : i + LONGEST], True, split)
+                        yield Piece(text[i : i + LONGEST], ends and i + LONGEST >= len(text), split)
         except ImportError as e:
             raise ValueError(f"{path} needs a package: pip install {e.name.partition('.')[0]}") from e
         except Exception as e:  # corrupt files and the network raise many types
@@ -147,7 +147,7 @@ class Files:
         return open(path, "rb")
 
     def texts(self, raw, path):
-        """Yield the text of each document in an open file, and count rows without one."""
+        """Yield (text, whether a document ends with it) of an open file, and count rows without a text."""
         reader = READERS.get(self.format or extension(path), read_text)
         file = raw if reader is read_parquet else decompress(raw, path)
         if reader is read_text:
@@ -161,7 +161,7 @@ class Files:
                 self.count_bad_row(row, size, f"{where} of {path}")
             elif text:
                 text = text.encode("utf-8", "replace").decode()  # JSON may contain half a surrogate pair
-                yield self.edit(text)
+                yield self.edit(text), True
 
     def count_bad_row(self, row, size, where):
         """Count a row without text, and describe the first one."""
@@ -195,19 +195,20 @@ class Files:
 
 
 # -----------------------------------------------------------------------------
-# formats: read_text yields texts, the others (where, row, size in bytes); row is None if unreadable
+# formats: read_text yields (text, whether a document ends with it), the others (where, row, size in bytes); row is None
+# if unreadable
 
 
 def read_text(file):
     file, rest = decode(file), ""
     while block := file.read(LONGEST):
         *documents, rest = (rest + block).split(END_OF_TEXT)
-        yield from documents
+        yield from ((document, True) for document in documents)
         # the rest may end with half an <|endoftext|>, which must not be cut
         if len(rest) > LONGEST + len(END_OF_TEXT):
-            yield rest[:LONGEST]
+            yield rest[:LONGEST], False
             rest = rest[LONGEST:]
-    yield rest
+    yield rest, True
 
 
 def read_jsonl(file, column):

@@ -316,7 +316,7 @@ def batches(pieces, begins=True):
         if split == "both":  # the part for training is not the end, but separates it from what follows
             ends = ["train", "val"] if following else ["val"]
         batch.append((piece, split, begins, ends))
-        begins = piece.ends
+        begins = bool(ends)
         size += len(piece.text)
         if size >= BATCH or following is None:
             yield (*position, begins), batch

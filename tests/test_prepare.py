@@ -70,9 +70,12 @@ def corpus_of(*paths, **changed):
     return Files({None: [str(path) for path in paths]}, options(**changed))
 
 
+def pieces_of(corpus):
+    return [piece for part in range(len(corpus.parts)) for piece in corpus.pieces(part)]
+
+
 def texts_of(corpus):
-    """Return the texts of all pieces."""
-    return [piece.text for part in range(len(corpus.parts)) for piece in corpus.pieces(part)]
+    return [piece.text for piece in pieces_of(corpus)]
 
 
 def make(folder, *paths, **changed):
@@ -246,14 +249,21 @@ def test_long_rows_give_validation_its_share(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("offset", [0, 1, 86, 100, 99, 4090])
-def test_texts_longer_than_the_limit_are_several_documents(tmp_path, monkeypatch, offset):
+def test_texts_longer_than_the_limit_are_read_in_pieces(tmp_path, monkeypatch, offset):
     monkeypatch.setattr(documents, "LONGEST", 100)
     marker, text = documents.END_OF_TEXT, "".join(map(chr, range(0x4E00, 0x4E00 + 250)))
     (tmp_path / "a.txt").write_text("y" * offset + marker + text + marker + "z" * 90 + marker)
-    texts = texts_of(corpus_of(tmp_path / "a.txt"))
+    pieces = pieces_of(corpus_of(tmp_path / "a.txt"))
+    texts = [piece.text for piece in pieces]
+    assert sum(piece.ends for piece in pieces) == 2 + (offset > 0)
     assert "".join(texts) == "y" * offset + text + "z" * 90 and texts[-1] == "z" * 90
     assert max(map(len, texts)) <= 100 and not any("y" in part and part.strip("y") for part in texts)
-    assert texts_of(corpus_of(write_jsonl(tmp_path / "a.jsonl", [text]))) == [text[:100], text[100:200], text[200:]]
+    rows = write_jsonl(tmp_path / "a.jsonl", [text])
+    assert texts_of(corpus_of(rows)) == [text[:100], text[100:200], text[200:]]
+    other = str(shutil.copy(rows, tmp_path / "b.jsonl"))
+    args = options(tokenizer="char")
+    write_dataset(str(tmp_path / "x"), Files({"train": [str(rows)], "val": [other]}, args), args, "a test")
+    assert streams(Dataset(str(tmp_path / "x"))) == [text + "\n"] * 2
 
 
 def test_folders_and_patterns_give_their_files_in_order(tmp_path):
