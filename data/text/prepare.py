@@ -18,8 +18,8 @@ most purposes); a tokenizer.json; a SentencePiece .model; a dataset folder such 
 on the Hugging Face Hub. char and bpe:N read the text twice.
 
 --val_share=0.1 uses one in ten documents for validation, chosen by a hash of the text, and the last tenth of each
-document of 41,000 characters or more (4,096 / val_share). One short document is cut likewise. A text of more than
-4 million characters is several documents. --val=FILE uses a file of your own for validation.
+document of 41,000 characters or more (4,096 / val_share). One short document is cut likewise. --val=FILE uses a file
+of your own for validation.
 """
 
 import os
