@@ -156,7 +156,7 @@ def configure(script):
     if changed and os.environ.get("RANK", "0") == "0":
         line = f"settings: {', '.join(changed)}"
         if sys.stderr.isatty():
-            line = textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent="    ")
+            line = textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent=" " * 10)
         print(line, file=sys.stderr)
     return settings, explicit
 
@@ -439,7 +439,7 @@ def pick_device(device="auto", dtype="auto", tuned=True):
             dtype, best, reason = "auto", "float32", "CPUs are slow in float16"
     if dtype != "auto":
         best, reason = dtype, "as set"
-    return device, best, f"device {device} ({name}), dtype {best} ({reason})"
+    return device, best, f"device:   {device} ({name}), dtype {best} ({reason})"
 
 
 def set_up_cuda(device):

@@ -771,16 +771,16 @@ n_params = gpt.get_num_params(raw_model)
 n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 epochs = (tokens_seen + (max_iters - iter_num) * tokens_per_iter) / len(tokens["train"])
 print0(device_line + (f", {world_size} ranks" if distributed else "") + (", compiled" if compile else ""))
-print0(f"data {data.folder}: {len(tokens['train']):,} training tokens, {len(tokens['val']):,} validation tokens")
+print0(f"data:     {data.folder}, {len(tokens['train']):,} training tokens, {len(tokens['val']):,} validation tokens")
 print0(
-    f"model {n_params / 1e6:.2f}M parameters: {config['n_layer']} layers, {config['n_head']} heads, "
+    f"model:    {n_params / 1e6:.2f}M parameters: {config['n_layer']} layers, {config['n_head']} heads, "
     f"{config['n_embd']} channels"
     + (f"; training {n_trained / 1e6:.2f}M in adapters of {raw_model.lora['base']}" if raw_model.lora else "")
 )
 if not eval_only:
     batch = f"{gradient_accumulation_steps} x {batch_size} x {block_size}"
     warmup = ", all of them warmup" if decay_lr and 0 < max_iters <= warmup_iters else ""
-    print0(f"run {max_iters:,} steps of {tokens_per_iter:,} tokens ({batch}), {epochs:.3g} epochs{warmup}")
+    print0(f"run:      {max_iters:,} steps of {tokens_per_iter:,} tokens ({batch}), {epochs:.3g} epochs{warmup}")
     decays = decay_lr and lr_schedule != "constant"
     warnings = {
         "min_lr exceeds learning_rate": decays and min_lr > learning_rate,

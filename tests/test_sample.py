@@ -127,7 +127,7 @@ def test_corrupt_best_checkpoint_is_reported_and_skipped(sample, trained):
 )
 def test_wrong_input_is_one_line(sample, trained, flags, message):
     result = sample(*(flag.format(trained=trained) for flag in flags), code=2)
-    errors = [line for line in result.err.splitlines() if not line.startswith(("settings:", "device ", "loaded "))]
+    errors = [line for line in result.err.splitlines() if not line.startswith(("settings:", "device:", "loaded "))]
     assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
     assert result.out == ""
 

@@ -391,7 +391,7 @@ def test_ctrl_c_during_compilation_saves(tiny_run, start_process, tmp_path):
     # a terminal signals the whole process group, with the compilers in it
     env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     process = start_process("train.py", *tiny_run.flags, "--compile=True", "--n_layer=1", env=env)
-    wait_for_line(process, r"^run ")
+    wait_for_line(process, r"^run:")
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(timeout=2)
     os.killpg(process.pid, signal.SIGINT)
@@ -439,7 +439,7 @@ def test_run_survives_kill_9_at_any_moment(train, tiny_run, tmp_path, start_proc
     while True:
         process = start_process("train.py", *flags, f"--out_dir={folder}", "--init_from=auto", "--save_interval=1")
         try:
-            wait_for_line(process, r"^run " if reached else r"^iter 0:")
+            wait_for_line(process, r"^run:" if reached else r"^iter 0:")
             process.communicate(timeout=0.1 + 0.1 * kills if kills < 4 else 120)
             assert process.returncode == 0
             break

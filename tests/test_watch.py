@@ -221,10 +221,10 @@ def test_loss_worse_than_guessing_gives_a_warning(train, tiny_run):
 def test_setup_is_printed(train, tiny_run):
     out = train(tiny_run.flags, "--max_iters=10").out
     for line in (
-        r"device cpu \(.*\), dtype float32 \(as set\)",
-        r"data .*tiny0: [\d,]+ training tokens, [\d,]+ validation tokens",
-        r"model 0.01M parameters: 2 layers, 2 heads, 16 channels",
-        r"run 10 steps of 128 tokens \(2 x 4 x 16\), 0.\d+ epochs",
+        r"device:   cpu \(.*\), dtype float32 \(as set\)",
+        r"data:     .*tiny0, [\d,]+ training tokens, [\d,]+ validation tokens",
+        r"model:    0.01M parameters: 2 layers, 2 heads, 16 channels",
+        r"run:      10 steps of 128 tokens \(2 x 4 x 16\), 0.\d+ epochs",
     ):  # fmt: skip
         assert re.search(f"^{line}$", out, re.MULTILINE), line
 
@@ -246,7 +246,7 @@ def test_trial_of_a_preset_prints_no_warning(train, tiny, tmp_path, path):
     if "init_from" in runpy.run_path(str(path), {"n_head": 2, "n_embd": 16}):
         pytest.skip("it needs weights of the Hub")
     out = train([path, f"--dataset={tiny}", f"--out_dir={tmp_path / 'out'}", *TRIAL]).out
-    assert "WARNING" not in out and "run 60 steps of 16 tokens" in out
+    assert "WARNING" not in out and "run:      60 steps of 16 tokens" in out
 
 
 def test_progress_lines_count_the_steps_and_the_time_left(train, tiny_run, monkeypatch):
