@@ -223,7 +223,7 @@ def parse(text, default):
 
 
 def convert(key, value, default, source):
-    """Return the value in the default's type, or fail(). An int may stand for a float, and 1e4 for an int.
+    """Return the value in the default's type, or fail(). An int may stand for a float, 1e4 for an int, and 0 for False.
 
     Example: 1, 0.1 -> 1.0; 1e4, 100 -> 10000
     """
@@ -233,6 +233,8 @@ def convert(key, value, default, source):
         value = float(value)
     if kind is int and type(value) is float and value.is_integer():
         value = int(value)
+    if kind is bool and type(value) is int and value in (0, 1):
+        value = bool(value)
     # a value of the type, finite and in 64 bits
     if type(value) is int and abs(value) >= 2**63:
         fail(f"{source}: {key} is too large")

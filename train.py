@@ -213,7 +213,7 @@ else:  # start from the sum of base and adapter
     gpt.merge_lora(model)
 # write the model's values into config; fail if an explicit setting differs, except dropout, which may change, and
 # block_size, which comes next
-configurator.match_model(config, explicit - {"block_size", "dropout"}, model_fields, init_from)
+configurator.match_model(config, explicit - {"block_size", "dropout"}, model_fields, checkpoint_path or init_from)
 
 # context length: as given; else what the checkpoint was trained on, of a new or a Hub model at most the default
 longest, has_rope = model.config.block_size, model.config.position == "rope"

@@ -22,6 +22,7 @@ after a header of 256 int32, which starts with a magic number, a version and the
 import bisect
 import collections
 import contextlib
+import difflib
 import functools
 import glob
 import itertools
@@ -57,8 +58,13 @@ class Dataset:
     def __init__(self, folder):
         script = os.path.join(folder, "prepare.py")
         self.folder = folder
-        own_text = f"data/text/prepare.py FILE --name={os.path.basename(folder)}"
-        self.remedy = f"prepare the dataset: python {script if os.path.exists(script) else own_text}"
+        if not os.path.exists(script):
+            # a misspelled name, or text of one's own
+            parent, name = os.path.split(folder)
+            known = [os.path.dirname(path) for path in glob.glob("*/prepare.py", root_dir=parent)]
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+            script = os.path.join(parent, near[0], "prepare.py") if near else f"data/text/prepare.py FILE --name={name}"
+        self.remedy = f"prepare the dataset: python {script}"
 
         # is there a complete dataset?
         names = glob.glob("*.bin", root_dir=folder)

@@ -182,7 +182,7 @@ def test_compare_and_export(train, sample, lora_run, tiny, tiny_run, tmp_path):
         (["--lora_targets=c_attn,lm_head"], "lora_targets must be some of c_attn, c_fc, c_proj, attn.c_attn"),
         (["--lora_rank=-1"], "--lora_rank must be at least 0, got -1"),
         (["--out_dir={base}"], "the adapter needs the checkpoint in"),
-        (["--out_dir={base}", "--init_from=resume"], "--lora_rank=2 was given, but the model of resume has 0"),
+        (["--out_dir={base}", "--init_from=resume"], "--lora_rank=2 was given, but the model of {base}/ckpt.pt has 0"),
     ],
 )
 def test_wrong_input_is_one_line(script, lora_run, tmp_path, flags, message):
@@ -196,7 +196,7 @@ def test_adapter_needs_its_unchanged_base(script, train, lora_run, tiny_run, tmp
     again = script("train.py", *lora_run, f"--init_from={tiny_run.out}", f"--out_dir={tmp_path / 'second'}")
     assert again.code == 2 and "is an adapter: merge it first" in again.err
     given = script("train.py", "--init_from=resume", f"--out_dir={tiny_run.out}", "--lora_rank=0", "--device=cpu")
-    assert given.code == 2 and "--lora_rank=0 was given, but the model of resume has 2" in given.err
+    assert given.code == 2 and "ckpt.pt has 2" in given.err
 
     base = read_checkpoint(tmp_path / "base" / BEST)
     base["model"]["lm_head.weight"][0, 0] += 1

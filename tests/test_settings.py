@@ -96,7 +96,8 @@ def test_config_files_compute_and_import_and_later_ones_win(settings, tmp_path):
         "batch_size = double(gpus)\nout_dir = 'ft-' + str(time.time())\nlearning_rate = 1\n"
         "n_layer = n_layer // 2\nversion = sys.version\nprint(version)\n"
     )
-    second.write_text("n_layer = n_layer + 100\ncompile = False\n")
+    second.write_text("n_layer = n_layer + 100\ncompile = 0\n")
+    assert settings(str(second))["compile"] is False
     result = settings(str(first), "--n_layer=7", str(second), "--compile=True")
     assert result["batch_size"] == 16 and result["out_dir"].startswith("ft-") and result["learning_rate"] == 1.0
     assert result["n_layer"] == 107 and result["compile"] is True
