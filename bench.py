@@ -112,7 +112,7 @@ if __name__ == "__main__":  # not in worker processes: they get the resulting se
 
     # device
     device, dtype, device_line = pick_device(device, dtype)
-    print(device_line)
+    print(f"device: {device_line}")
     device_type = device.split(":")[0]
     ptdtype = getattr(torch, dtype)
     compile = compile and configurator.can_compile(device)

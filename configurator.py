@@ -441,7 +441,7 @@ def pick_device(device="auto", dtype="auto", tuned=True):
             dtype, best, reason = "auto", "float32", "CPUs are slow in float16"
     if dtype != "auto":
         best, reason = dtype, "as set"
-    return device, best, f"device:   {device} ({name}), dtype {best} ({reason})"
+    return device, best, f"{device} ({name}), dtype {best} ({reason})"
 
 
 def set_up_cuda(device):

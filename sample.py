@@ -80,7 +80,7 @@ if serve:
 
 # device
 device, dtype, device_line = configurator.pick_device(device, dtype)
-print(device_line, file=sys.stderr)
+print(f"device:   {device_line}", file=sys.stderr)
 
 # the newest run, if none is named
 runs = glob.glob("out*/ckpt*.pt")
