@@ -770,7 +770,8 @@ if reset_best:
 n_params = gpt.get_num_params(raw_model)
 n_trained = sum(p.numel() for p in raw_model.parameters() if p.requires_grad)
 epochs = (tokens_seen + (max_iters - iter_num) * tokens_per_iter) / len(tokens["train"])
-print0(f"device:   {device_line}" + (f", {world_size} ranks" if distributed else "") + (", compiled" if compile else ""))
+ranks = f", {world_size} ranks" if distributed else ""
+print0(f"device:   {device_line}{ranks}" + (", compiled" if compile else ""))
 print0(f"data:     {data.folder}, {len(tokens['train']):,} training tokens, {len(tokens['val']):,} validation tokens")
 print0(
     f"model:    {n_params / 1e6:.2f}M parameters: {config['n_layer']} layers, {config['n_head']} heads, "

@@ -141,9 +141,7 @@ def test_float16_skips_overflows_and_resumes_its_scale(train, tiny_run, finished
 
     flags = [*tiny_run.flags, f"--out_dir={tmp_path / 'half'}"]
     with monkeypatch.context() as patch:  # a CPU is not offered float16, but its loss scaling is a GPU's
-        patch.setattr(
-            configurator, "pick_device", lambda device, dtype: ("cpu", "float16", "cpu, dtype float16")
-        )
+        patch.setattr(configurator, "pick_device", lambda device, dtype: ("cpu", "float16", "cpu, dtype float16"))
         patch.setattr("model.peak_flops", lambda device, dtype: (None, "half a minute of products"))
         patch.setattr(torch.amp, "GradScaler", functools.partial(torch.amp.GradScaler, init_scale=2.0**24))
         train(flags)
