@@ -307,20 +307,27 @@ def stream_to_page(prompt, temperature, top_k, top_p, length, stop, seed=None):
         raise gr.Error(str(e), print_exception=False) from None
 
 
+def titled_page():
+    """Return a page with a heading: the model, its step and its best validation loss."""
+    name, run = for_terminal(f"plainGPT: {path or init_from}"), ""
+    if path:
+        run += f", step {checkpoint.get('iter_num', 'unknown')}"
+    if "best_val_loss" in checkpoint:
+        run += f", best validation loss {checkpoint['best_val_loss']:.4f}"
+    with gr.Blocks(title=name + run, analytics_enabled=False, fill_height=True) as page:
+        gr.Markdown("## " + re.sub(r"([^\w\s]|_)", r"\\\1", f"{name}\n{run[2:]}"))
+    return page
+
+
 def text_page():
     """Return the page with prompt, continuation and options."""
-    title = for_terminal(f"plainGPT: {path or init_from}")
-    if path:
-        title += f", step {checkpoint.get('iter_num', 'unknown')}"
-    if "best_val_loss" in checkpoint:
-        title += f", best validation loss {checkpoint['best_val_loss']:.4f}"
-    with gr.Blocks(title=title, analytics_enabled=False) as page:
-        gr.Markdown(re.sub(r"([^\w ])", r"\\\1", title))
+    with titled_page() as page:
         with gr.Row():
             with gr.Column(scale=2):
                 prompt = gr.Textbox(start.strip("\n"), label="Prompt", lines=4, placeholder="Shift+Enter generates")
                 with gr.Row():
-                    generate_button, stop_button = gr.Button("Generate", variant="primary"), gr.Button("Stop")
+                    generate_button = gr.Button("Generate", variant="primary", min_width=100)
+                    stop_button = gr.Button("Stop", min_width=100)
                 text, speed = gr.Textbox(label="Continuation", lines=12, buttons=["copy"]), gr.Textbox(label="Speed")
             with gr.Column():
                 k_max, n_max = max(vocab_size, top_k), max(4000, max_new_tokens)
@@ -330,7 +337,8 @@ def text_page():
                     gr.Slider(0, 1, top_p, step=0.01, label="Top-p (0: off)"),
                     gr.Slider(1, n_max, max_new_tokens, step=1, precision=0, label="Length in tokens"),
                     gr.Textbox(stop, label="Stop at this text"),
-                    gr.Number(None, label="Seed (empty: another text each time)", precision=0, minimum=0),
+                    # the browser shows None as 0, but not a function's None
+                    gr.Number(lambda: None, label="Seed", placeholder="another text each time", precision=0, minimum=0),
                 ]
         triggers = [generate_button.click, prompt.submit, options[-2].submit]
         run = gr.on(
@@ -343,8 +351,12 @@ def text_page():
 
 def chat_page():
     """Return the page of a conversation."""
-    options = dict(api_name="chat", concurrency_limit=None, analytics_enabled=False)
-    return gr.ChatInterface(chat_on_page, title=for_terminal(f"plainGPT: {path or init_from}"), **options)
+    with titled_page() as page:
+        # without the button that shares a conversation on the Hub
+        chatbot = gr.Chatbot(show_label=False, buttons=["copy", "copy_all"], scale=1, render=False)
+        options = dict(chatbot=chatbot, api_name="chat", concurrency_limit=None, analytics_enabled=False)
+        gr.ChatInterface(chat_on_page, **options)
+    return page
 
 
 def serve_page(page):
@@ -355,7 +367,10 @@ def serve_page(page):
     with usage_errors():
         local = dict(server_name="127.0.0.1", share=False, run_history=False, footer_links=[], max_file_size=0)
         local |= dict(quiet=True, prevent_thread_lock=True, inbrowser=sys.stdout.isatty())
-        page.launch(**local, app_kwargs={"middleware": [trusted]})
+        # a reply may contain images: a browser must not request them from other machines
+        head = "<meta http-equiv=Content-Security-Policy content=\"default-src 'self' 'unsafe-inline' data: blob:\">"
+        css = "textarea {font-family: var(--font-mono) !important}"  # columns and indentation stay aligned
+        page.launch(**local, head=head, css=css, app_kwargs={"middleware": [trusted]})
     print(f"open {page.local_url} in a browser; Ctrl-C ends it", flush=True)
     try:
         page.server.thread.join()
