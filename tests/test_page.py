@@ -94,6 +94,10 @@ def test_only_names_of_this_machine_are_served(page, host, code):
     assert [request(page + path, Host=host)[0] for path in ("", "gradio_api/info")] == [code, code]
 
 
+def test_browsers_request_nothing_from_other_machines(page):
+    assert "Content-Security-Policy content=\"default-src 'self'" in json.loads(request(page + "config")[1])["head"]
+
+
 def test_uploads_are_refused(page):
     body = b'--B\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nx\r\n--B--\r\n'
     code, text = request(page + "gradio_api/upload", body, Content_Type="multipart/form-data; boundary=B")
