@@ -225,7 +225,7 @@ if block_size > longest:
     fail(f"--block_size={block_size} exceeds the model's {longest}")
 if batch_size * block_size >= 2**31:
     fail(f"{batch_size} x {block_size} is too many tokens for a micro-batch: lower --batch_size")
-if block_size < longest and not has_rope:
+if block_size < longest and (init_from == "scratch" or not has_rope):
     if resuming:
         new_run = f"{shlex.quote(f'--init_from={out_dir}')} --block_size={block_size}"
         fail(f"this run has block_size {longest}: start a new one, {new_run}")

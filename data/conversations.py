@@ -105,7 +105,10 @@ class ChatTemplate:
     """A tokenizer's chat template, applied by transformers. ValueError if there is none, or it refuses the messages.
 
     end: the text of the token that ends an assistant's turn, or "" if the template has none; end_id: its id
+    marks: the special tokens of the template, which others than the assistant cannot use to begin and end turns
     """
+
+    marks = ()
 
     def __init__(self, tokenizer):
         from transformers import AutoTokenizer
@@ -122,12 +125,17 @@ class ChatTemplate:
 
         # the first special token after a reply ends it
         question = [{"role": "user", "content": "a"}]
-        reply = self.render([*question, {"role": "assistant", "content": "zq"}]).rpartition("zq")[2]
+        text = self.render([*question, {"role": "assistant", "content": "zq"}])
+        self.marks, reply = [token for token in self.added if token in text], text.rpartition("zq")[2]
         self.end = min((token for token in self.added if token in reply), key=reply.index, default="")
         self.end_id = self.added.get(self.end)
 
     def render(self, messages, reply=False):
         """Return messages as text; reply=True: up to where the assistant's reply begins."""
+        others = "\n".join(message["content"] for message in messages if message["role"] != "assistant")
+        for mark in self.marks:
+            if mark in others:
+                raise ValueError(f"a message contains {mark}, which is part of the chat template")
         try:
             return self.library.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
         except Exception as e:  # templates raise errors of their own
