@@ -4,8 +4,8 @@ Prepare the works of Shakespeare (tiny Shakespeare, 1.1 MB) in the tokens of GPT
     python data/shakespeare/prepare.py
     python data/shakespeare/prepare.py --tokenizer=HuggingFaceTB/SmolLM2-135M --name=shakespeare_smollm
 
-Downloads input.txt, unless there is one in this folder or in data/shakespeare_char: any text will do. The last tenth of
-it is for validation. Expect 301,966 GPT-2 tokens in train.bin and 36,059 in val.bin.
+Downloads data/shakespeare_char/input.txt, unless there is an input.txt there or in this folder: any text will do. The
+last tenth of it is for validation. Expect 301,966 GPT-2 tokens in train.bin and 36,059 in val.bin.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 def prepare(folder, args):
     """Write the input.txt of a folder, or of one of the two Shakespeare folders, as a dataset into that folder."""
     paths = [os.path.join(path, "input.txt") for path in (folder, os.path.join(here, "..", "shakespeare_char"), here)]
-    path = next((path for path in paths if os.path.exists(path)), None) or download(paths[-1])
+    path = next((path for path in paths if os.path.exists(path)), None) or download(paths[1])
     with open(path, "rb") as f:
         raw = f.read()
     if hashlib.sha256(raw).hexdigest() != SHA256:

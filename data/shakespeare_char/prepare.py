@@ -3,8 +3,8 @@ Prepare the works of Shakespeare (tiny Shakespeare, 1.1 MB) as a character-level
 
     python data/shakespeare_char/prepare.py
 
-Downloads data/shakespeare/input.txt, unless there is an input.txt there or in this folder: any text will do. The last
-tenth of it is for validation. Expect 65 characters, 1,003,854 tokens in train.bin and 111,540 in val.bin.
+Downloads input.txt, unless there is one in this folder or in data/shakespeare: any text will do. The last tenth of it
+is for validation. Expect 65 characters, 1,003,854 tokens in train.bin and 111,540 in val.bin.
 """
 
 import os

@@ -1,9 +1,10 @@
 """
-Prepare SmolTalk, a million conversations with which SmolLM2 became an assistant (HuggingFaceTB/smoltalk on the Hub).
+Prepare SmolTalk, the million conversations that SmolLM2-Instruct was finetuned on (HuggingFaceTB/smoltalk on the Hub).
 
     python data/smoltalk/prepare.py --num_samples=20000
+    python train.py config/finetune_chat.py
     python data/smoltalk/prepare.py --input='smoltalk/*.parquet' --tokenizer=gpt2
-    python train.py config/finetune_chat.py --dataset=smoltalk
+    python train.py config/finetune_chat.py --init_from=gpt2
 
 The whole dataset takes an hour. See data/chat/prepare.py for conversations of your own.
 """
