@@ -1,6 +1,6 @@
 """
-The GPT model, with the architectures of GPT-2, Llama and Qwen3. Sections 1 to 5 are the model and nothing else; the
-layers they use from section 11 behave like their PyTorch namesakes. Skip the other sections until you need them.
+The GPT model, with the architectures of GPT-2, Llama, Mistral and Qwen. Sections 1 to 5 are the model and nothing else;
+the layers they use from section 11 behave like their PyTorch namesakes. Skip the other sections until you need them.
 
 Shape letters: B sequences of T tokens, C = n_embd channels, H query heads and G key/value heads of D = head_dim
 channels, S keys (cached and new ones; S = T without a cache), V tokens in the vocabulary.

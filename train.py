@@ -1,6 +1,6 @@
 """
-Train a GPT on a prepared dataset: from scratch, from GPT-2, or from any checkpoint. The default settings train
-GPT-2 (124M) on OpenWebText.
+Train a GPT on a prepared dataset: from scratch, from a checkpoint, or from a Hugging Face model. The default settings
+train GPT-2 (124M) on OpenWebText.
 
     python train.py config/train_shakespeare_char.py                      one process, on a GPU, a Mac or a CPU
     python train.py config/train_shakespeare_char.py --batch_size=32      any setting below can be overridden

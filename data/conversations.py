@@ -1,5 +1,5 @@
 """
-Turn conversations into a dataset folder: windows of whole conversations, and a mask of what is learned.
+Turn conversations into a dataset folder: windows of whole conversations, and a loss mask.
 
     with prepare_script(__doc__, "inputs", ...) as args:
         write_conversations(folder, {None: args.inputs}, args, source="where they are from")

@@ -10,7 +10,7 @@ Both have
     bytes_read      of all parts, for a progress bar
     counts          {"bad rows": 3, ...} of what has been read
     by_share        whether val_share chooses a split
-    check(final)    raises ValueError if too much of it is bad
+    check(final)    raises ValueError if too many rows or bytes are unreadable
 """
 
 import codecs

@@ -4,18 +4,18 @@ Datasets: how token ids are stored on disk, and which of them make up a batch.
     python data/shards.py data/shakespeare          print what a dataset contains
 
 A dataset is a folder of .bin files: token ids and nothing else, little-endian uint16, or uint32 for large vocabularies.
-All files of a split, train or val, are one long stream. A training example is a window of it: block_size ids are the
+All files of a split, train or val, form one stream. A training example is a window of it: block_size ids are the
 inputs, and the targets are the same window one token later. meta.json says what the ids mean:
 
     {"vocab_size": 65, "dtype": "uint16", "tokenizer": {...}, "source": "...", "documents": {...},
      "files": {"train.bin": {"tokens": 1003854, "sha256": "..."}, ...}}
 
-Conversations have a mask next to each file, train_mask.bin: one uint8 per id, 1 where it is a target of training. They
+Conversations have a mask next to each file, train_mask.bin: one uint8 per id, 1 where it counts in the loss. They
 are packed into windows of "block_size" + 1 ids, which meta.json then has, and each of them is a training example.
 
 Without meta.json, train.bin and val.bin are read, or all shards x_train_000001.bin, x_train_000002.bin ..., either as
 nanoGPT writes them (raw uint16, with the characters in meta.pkl or GPT-2's tokens), or as llm.c and modded-nanogpt do:
-after a header of 256 int32, which starts with a magic number, a version and the number of tokens
+after a header of 256 int32 values, which starts with a magic number, a version and the number of tokens
 (https://github.com/karpathy/llm.c, dev/data/data_common.py).
 """
 

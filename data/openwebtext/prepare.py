@@ -1,5 +1,5 @@
 """
-Prepare OpenWebText, the open version of GPT-2's training data, in GPT-2 tokens.
+Prepare OpenWebText, an open reproduction of WebText, GPT-2's training data, in GPT-2 tokens.
 
     python data/openwebtext/prepare.py
     python data/openwebtext/prepare.py --num_samples=20000 --val_share=0.01      a trial: reads one of 80 files

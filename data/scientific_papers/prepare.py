@@ -6,8 +6,8 @@ Prepare abstracts of scientific papers from arXiv, in GPT-2 tokens.
 
 Streams the abstracts (about 1 GB) of gfissore/arxiv-abstracts-2021 from the Hugging Face Hub: 1,999,486 until the end
 of 2021, about 0.4 billion tokens. --source=arxiv queries the arXiv API instead (https://info.arxiv.org/help/api), 1,000
-papers by default, and keeps the answers in this folder, where the next call resumes. Line breaks become spaces. One
-abstract in 100 is for validation.
+papers by default, and caches the responses in this folder, from which the next run resumes. Line breaks become spaces.
+One abstract in 100 is for validation.
 """
 
 import json

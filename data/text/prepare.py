@@ -1,5 +1,5 @@
 """
-Prepare your own text: files, folders with their subfolders, quoted patterns, or - for standard input.
+Prepare your own text: files, folders with their subfolders, quoted globs, or - for standard input.
 
     python data/text/prepare.py book.txt --name=book --tokenizer=char
     python data/text/prepare.py notes/ '*.jsonl.gz' book.txt --name=mine --tokenizer=bpe:8192
@@ -9,7 +9,7 @@ Prepare your own text: files, folders with their subfolders, quoted patterns, or
 
 txt and md files contain one document, or several with <|endoftext|> between them. jsonl, csv, tsv and parquet files,
 and json files with one list, contain one document per row, in --column=text (a.b for nested columns). .gz, .bz2, .xz
-and .zst files are decompressed. Files with other endings are text, unless you set --format. Unreadable rows are left
+and .zst files are decompressed. Files with other extensions are text, unless you set --format. Unreadable rows are left
 out, unreadable bytes replaced, and both are counted. A folder with train-*, validation-* and test-* files, as on the
 Hugging Face Hub, keeps its splits; test is left out.
 
@@ -18,8 +18,8 @@ most purposes); a tokenizer.json; a SentencePiece .model; a dataset folder such 
 on the Hugging Face Hub. char and bpe:N read the text twice.
 
 --val_share=0.1 uses one in ten documents for validation, chosen by a hash of the text, and the last tenth of each
-document of 41,000 characters or more (4,096 / val_share). One short document is cut likewise. --val=FILE uses a file
-of your own for validation.
+document of 41,000 characters or more (4,096 / val_share). A single short document is split in the same way. --val=FILE
+uses a file of your own for validation.
 """
 
 import os

@@ -1,6 +1,6 @@
 """
-Prepare TinyStories: short stories in the vocabulary of a four-year-old, from which GPTs of a few million parameters
-learn to write (https://arxiv.org/abs/2305.07759).
+Prepare TinyStories: short stories with the words that a four-year-old knows, from which GPTs of a few million
+parameters learn to write (https://arxiv.org/abs/2305.07759).
 
     python data/tinystories/prepare.py --tokenizer=bpe:4096
     python data/tinystories/prepare.py --num_samples=50000
