@@ -27,10 +27,12 @@ import textwrap
 import time
 import tokenize
 
-# OpenMP threads that wait spin only briefly, so that a training step next to a busy process is not 10 to 50 times
-# slower. Generation keeps the default: its threads wait between all products, and waking them up takes longer
-if os.path.basename(sys.argv[0]) == "train.py" and not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-    os.environ["GOMP_SPINCOUNT"] = "5000"  # of libgomp; fewer slow small models down on idle CPUs
+# OpenMP threads that wait spin only briefly (variable of libgomp): beside one busy process, the default makes training
+# and generation 10 to 50 times slower. Generation waits between all products, and waking its threads up takes longer
+SPIN_COUNTS = {"train.py": "5000", "sample.py": "20000"}
+SCRIPT = os.path.basename(sys.argv[0])
+if SCRIPT in SPIN_COUNTS and not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    os.environ["GOMP_SPINCOUNT"] = SPIN_COUNTS[SCRIPT]
 
 # Ctrl-C while torch is imported, which takes seconds, ends the script without a traceback
 interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # nohup ignores it

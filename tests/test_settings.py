@@ -222,10 +222,11 @@ def test_device_and_dtype(capsys):
         ("train.py", {}, "5000"),
         ("train.py", {"GOMP_SPINCOUNT": "7"}, "7"),
         ("train.py", {"OMP_WAIT_POLICY": "active"}, None),
-        ("sample.py", {}, None),
+        ("sample.py", {}, "20000"),
+        ("bench.py", {}, None),
     ],
 )
-def test_spin_count_is_set_for_training_unless_the_user_has_set_it(monkeypatch, name, given, spin_count):
+def test_spin_count_is_set_unless_the_user_has_set_it(monkeypatch, name, given, spin_count):
     monkeypatch.setattr(sys, "argv", [f"folder/{name}"])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the module replaces
     environment = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
