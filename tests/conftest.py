@@ -61,7 +61,7 @@ def in_root(monkeypatch):
 
 def pytest_collection_modifyitems(items):
     """The longest tests start first: at the end one of them would leave the other worker idle."""
-    long = ("compile", "rank", "kill", "fsdp")
+    long = ("compil", "rank", "kill", "fsdp", "disk", "wandb")
     items.sort(key=lambda item: not any(word in item.name for word in long))
     gc.freeze()  # what is imported by now need not be searched for garbage again and again
 
