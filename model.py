@@ -98,9 +98,9 @@ def rope_cos_sin(pos, config):
     """
     exponents = torch.arange(0, config.head_dim, 2, device=pos.device).float() / config.head_dim
     freqs = 1.0 / config.rope_theta**exponents  # radians per position, (D/2,)
-    freqs, length = scale_rope(freqs, config) if config.rope_scaling else (freqs, 1.0)  # a longer context, section 7
+    freqs, factor = scale_rope(freqs, config) if config.rope_scaling else (freqs, 1.0)  # a longer context, section 7
     angles = pos[:, None] * freqs  # (T, D/2)
-    return length * angles.cos().repeat(1, 2), length * torch.cat((-angles.sin(), angles.sin()), dim=-1)
+    return factor * angles.cos().repeat(1, 2), factor * torch.cat((-angles.sin(), angles.sin()), dim=-1)
 
 
 def apply_rope(x, cos, signed_sin):
@@ -598,10 +598,10 @@ def check_config(config):
 
 
 def scale_rope(freqs, config):
-    """Return frequencies (D/2,) and a length for a longer context, as config.rope_scaling says.
+    """Return frequencies (D/2,) and the attention factor of config.rope_scaling.
 
-    Low frequencies are divided by a factor, high ones are kept: Llama 3.1 tells them apart by the rotations within the
-    original context, YaRN (https://arxiv.org/abs/2309.00071) by their index; linear scaling keeps none.
+    To extend the context, low frequencies are divided by a factor and high ones kept. Llama 3.1 tells them apart by the
+    rotations within the original context, YaRN (https://arxiv.org/abs/2309.00071) by their index; linear keeps none.
     Example: tensor([1.0, 1e-2, 1e-4]), Llama 3.1's scaling by 8 -> tensor([1.0, 1e-2, 1.25e-5]), 1.0
     """
     scaling = config.rope_scaling
@@ -613,7 +613,7 @@ def scale_rope(freqs, config):
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         kept = ((original * freqs / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
     else:
-        # the indices of the frequencies that rotate 32 times and once
+        # the indices of the frequencies that rotate beta_fast (32) times and beta_slow (1) times
         rotations = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
         scale = config.head_dim / (2 * math.log(config.rope_theta))
         start, end = (scale * math.log(original / (2 * math.pi * n)) for n in rotations)
@@ -667,7 +667,7 @@ def from_checkpoint(checkpoint, **override):
     fields = checkpoint["model_args"] | override
     if isinstance(fields.get("rope_scaling"), tuple):
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        fields["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(names, fields["rope_scaling"], strict=False))
+        fields["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(names, fields["rope_scaling"], strict=True))
     try:
         config = GPTConfig(**fields)
     except TypeError as e:
@@ -952,9 +952,9 @@ def from_hf_config(hf):
     if rope_type != "default":
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        _, length = ROPE_INIT_FUNCTIONS[rope_type](hf)
+        _, attention_factor = ROPE_INIT_FUNCTIONS[rope_type](hf)
         scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
-        fields["rope_scaling"] = scaling | ({"attention_factor": length} if rope_type == "yarn" else {})
+        fields["rope_scaling"] = scaling | ({"attention_factor": attention_factor} if rope_type == "yarn" else {})
     if hf.model_type == "mistral" and hf.sliding_window:  # within the window, attention is the same
         fields["block_size"] = min(fields["block_size"], hf.sliding_window)
     has_bias = hf.model_type == "qwen2" or getattr(hf, "attention_bias", False) or getattr(hf, "mlp_bias", False)

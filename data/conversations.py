@@ -126,7 +126,8 @@ class ChatTemplate:
         # the first special token after a reply ends it
         question = [{"role": "user", "content": "a"}]
         text = self.render([*question, {"role": "assistant", "content": "zq"}])
-        self.marks, reply = [token for token in self.added if token in text], text.rpartition("zq")[2]
+        self.marks = [token for token in self.added if token in text]
+        reply = text.rpartition("zq")[2]
         self.end = min((token for token in self.added if token in reply), key=reply.index, default="")
         self.end_id = self.added.get(self.end)
 
