@@ -145,7 +145,8 @@ def configure(script):
         if arg.startswith("-") or "=" in arg:
             values = read_flag(arg, args, defaults)
         else:
-            values = read_config(arg, script | settings, defaults)
+            given = {name: settings[name] for name in explicit}
+            values = read_config(arg, script | settings | {"given": given}, defaults)
         settings |= values
         explicit |= values.keys()
     script.update(settings)

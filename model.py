@@ -1672,19 +1672,7 @@ def compile_generation(model):
             with contextlib.redirect_stderr(io.StringIO()):  # it lists every kernel that it tries
                 return compiled(*args)
     else:
-        # GPU: a CUDA graph works at the addresses it was captured with, so later generations use the first one's caches
-        compiled = torch.compile(step, dynamic=False, mode="reduce-overhead")
-        first_caches = {}  # {shape of a layer's keys: the caches of its first generation}
-
-        def compiled_step(token, pos, caches):
-            first = first_caches.setdefault(caches[0].k.shape, caches)
-            for cache, static in zip(caches, first, strict=True):
-                if cache is static:
-                    torch._dynamo.mark_static_address(cache.k)  # else CUDA graphs refuse to change their inputs
-                    torch._dynamo.mark_static_address(cache.v)
-                elif cache.k is not static.k:
-                    cache.k, cache.v = static.k.copy_(cache.k), static.v.copy_(cache.v)
-            return compiled(token, pos, caches)
+        compiled_step = capture_cuda_graphs(torch.compile(step, dynamic=False))
 
     def decode_one_token(token, position, caches):
         for cache in caches:
@@ -1693,3 +1681,32 @@ def compile_generation(model):
         return compiled_step(token, pos, caches)
 
     model.decode_one_token = decode_one_token
+
+
+def capture_cuda_graphs(step):
+    """Return step(token, pos, caches) as one CUDA graph per shape of the caches.
+
+    A graph works at the addresses it was captured with, so later generations use the caches of the first one.
+    """
+    captured = {}  # {shape of a layer's keys: (graph, its inputs, its logits)}
+
+    def replay(token, pos, caches):
+        shape = caches[0].k.shape
+        if shape not in captured:
+            inputs = (token.clone(), pos.clone(), caches)
+            step(*inputs)  # compiles; the graph will store the same keys and values again
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = step(*inputs)
+            captured[shape] = graph, inputs, logits
+        graph, (graph_token, graph_pos, graph_caches), logits = captured[shape]
+        # copy the inputs to the graph's; the caches only at the start of a generation
+        graph_token.copy_(token)
+        graph_pos.copy_(pos)
+        for cache, static in zip(caches, graph_caches, strict=True):
+            if cache.k is not static.k:
+                cache.k, cache.v = static.k.copy_(cache.k), static.v.copy_(cache.v)
+        graph.replay()
+        return logits
+
+    return replay

@@ -181,10 +181,7 @@ def test_background_save_has_the_weights_of_its_step(tmp_path):
 
 @pytest.mark.parametrize("settings", [{}, MODERN])
 @torch.no_grad()
-def test_compiled_generation_captures_cuda_graphs_once(settings):
-    from torch._dynamo.utils import counters
-    from torch._inductor.cudagraph_trees import get_manager
-
+def test_compiled_generation_captures_one_cuda_graph(settings, monkeypatch):
     model = small(**settings).eval()
     for p in model.parameters():  # larger weights than at initialization, so that no two tokens are equally likely
         p += 0.1 * torch.randn_like(p)
@@ -192,12 +189,11 @@ def test_compiled_generation_captures_cuda_graphs_once(settings):
     # the context fills up, so that the caches are made anew in each generation
     expected = [model.generate(prompt, 60, temperature=0, slide=8) for prompt in prompts]
     compile_generation(model)
-    graphs = []
+    capture, graphs = torch.cuda.graph, []
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graphs.append(graph) or capture(graph))
     for prompt, text in zip(prompts, expected, strict=True):
         assert model.generate(prompt, 60, temperature=0, slide=8).tolist() == text.tolist()
-        graphs.append(get_manager(0).new_graph_id().id)  # one more than the last id, unless more were captured
-    assert graphs[0] > 0 and graphs == [graphs[0], graphs[0] + 1, graphs[0] + 2]
-    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
