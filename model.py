@@ -119,13 +119,14 @@ def apply_rope(x, cos, signed_sin):
 def attention(q, k, v, mask=None, dropout=0.0):
     """Return the attention (B, H, T, D) of queries q (B, H, T, D) over keys and values k, v (B, G, S, D).
 
-    mask (T, S) is True where a query may attend to a key; None: causal attention with S == T.
+    mask (T, S) is True where a query may attend to a key. None: causal attention with S == T, or one query (T == 1)
+    that attends to all S keys.
     """
-    # two cases have faster kernels with equal results (section 11): training on CPUs, and compiled decoding, which has
-    # no dropout; everything else takes the call at the end
+    # two cases have faster kernels with equal results (section 11): training on CPUs, and decoding, which has no
+    # dropout; everything else takes the call at the end
     if q.is_cpu and q.requires_grad and mask is None:
         return train_attention_on_cpu(q, k, v, dropout)
-    if mask is not None and q.size(2) == 1 and torch.compiler.is_compiling():
+    if q.size(2) == 1 and not q.requires_grad:
         return attend_one_token(q, k, v, mask)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=q.size(1) > k.size(1)
@@ -251,13 +252,16 @@ class GPT(nn.Module):
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe(pos)
         else:
-            rope = rope_cos_sin(pos, self.config)
+            rope = [table.to(x.dtype) for table in rope_cos_sin(pos, self.config)]
         x = self.transformer.drop(x)
 
-        # S == T without a cache, or when an empty one is filled: attention() is causal by itself. Else the query at
-        # position i may attend to keys 0 .. i: in compiled decoding S is the cache's size, and the mask hides its end
+        # S == T without a cache, or when an empty one is filled: attention() is causal by itself. One token after S - 1
+        # cached ones attends to all. Else the query at position i may attend to keys 0 .. i: in compiled decoding S is
+        # the cache's size, and the mask hides its end
         S = caches[0].visible if caches else T
-        mask = None if S == T else pos[:, None] >= torch.arange(S, device=idx.device)  # (T, S)
+        mask = None
+        if S > T and (T > 1 or S == caches[0].size):
+            mask = pos[:, None] >= torch.arange(S, device=idx.device)  # (T, S)
 
         # transformer blocks
         for i, block in enumerate(self.transformer.h):
@@ -1406,10 +1410,10 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm; on CPUs, where PyTorch does not fuse it, with half the memory traffic."""
+    """nn.RMSNorm; on CPUs, where PyTorch does not fuse it, with half the memory traffic if x is large."""
 
     def forward(self, x):
-        if x.is_cpu and not torch.compiler.is_compiling():
+        if x.is_cpu and x.numel() > 2**15 and not torch.compiler.is_compiling():
             return LeanRMSNorm.apply(x.float(), self.weight.float(), self.eps).to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
@@ -1495,10 +1499,13 @@ class ShortAttention(torch.autograd.Function):
 
 
 def attend_one_token(q, k, v, mask):
-    """Attention of one query per sequence, as sums that torch.compile fuses: faster than SDPA with a mask."""
+    """Compute the attention of one query per sequence; the query heads that share keys and values become rows."""
     B, H, _, D = q.shape
-    q = q.view(B, k.size(1), -1, 1, D)  # (B, G, H / G, 1, D): query heads that share keys and values
-    k, v = k.unsqueeze(2), v.unsqueeze(2)  # (B, G, 1, S, D)
+    q = q.view(B, k.size(1), -1, D)  # (B, G, H / G, D)
+    if mask is None:
+        return F.scaled_dot_product_attention(q, k, v).view(B, H, 1, D)
+    # sums that torch.compile fuses: faster than SDPA with a mask
+    q, k, v = q.unsqueeze(3), k.unsqueeze(2), v.unsqueeze(2)  # (B, G, H / G, 1, D), (B, G, 1, S, D)
     scores = (q.float() * k).sum(dim=-1) / math.sqrt(D)  # (B, G, H / G, S)
     probs = scores.masked_fill(~mask[0], -math.inf).softmax(dim=-1)
     return (probs.unsqueeze(-1) * v).sum(dim=-2).to(v.dtype).view(B, H, 1, D)

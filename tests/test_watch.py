@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import runpy
 import subprocess
 import sys
 import time
@@ -243,7 +242,7 @@ TRIAL = [
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.stem)
 def test_trial_of_a_preset_prints_no_warning(train, tiny, tmp_path, path):
-    if "init_from" in runpy.run_path(str(path), {"n_head": 2, "n_embd": 16}):
+    if re.search(r"^init_from", path.read_text(), re.MULTILINE):
         pytest.skip("it needs weights of the Hub")
     out = train([path, f"--dataset={tiny}", f"--out_dir={tmp_path / 'out'}", *TRIAL]).out
     assert "WARNING" not in out and "run:      60 steps of 16 tokens" in out
