@@ -1505,8 +1505,11 @@ def attend_one_token(q, k, v, mask):
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v).view(B, H, 1, D)
     # sums that torch.compile fuses: faster than SDPA with a mask
+    q = q.float()
+    if q.is_cpu:  # store q, which the compiler would otherwise compute again for every key
+        q = q.as_strided(q.shape, q.stride())
     q, k, v = q.unsqueeze(3), k.unsqueeze(2), v.unsqueeze(2)  # (B, G, H / G, 1, D), (B, G, 1, S, D)
-    scores = (q.float() * k).sum(dim=-1) / math.sqrt(D)  # (B, G, H / G, S)
+    scores = (q * k).sum(dim=-1) / math.sqrt(D)  # (B, G, H / G, S)
     probs = scores.masked_fill(~mask[0], -math.inf).softmax(dim=-1)
     return (probs.unsqueeze(-1) * v).sum(dim=-2).to(v.dtype).view(B, H, 1, D)
 
