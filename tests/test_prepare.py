@@ -1017,7 +1017,7 @@ def test_text_script(prepare, tmp_path, monkeypatch):
     [
         ([], "no input; use python data/text/prepare.py book.txt"),
         (["README.md", "--val=README.md", "--num_samples=3"], "use it without --val"),
-        (["README.md", "--val=README.md"], "the input for train contains no text"),
+        (["README.md", "--val=README.md", "--tokenizer=char"], "the input for train contains no text"),
         (["nowhere.txt"], "no such file or folder: nowhere.txt"),
         (["README.md", "--format=doc"], "--format=doc is not one of txt, md"),
         (["README.md", "--val_share=3"], "--val_share=3.0 is not between 0 and 1"),
