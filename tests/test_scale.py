@@ -77,3 +77,9 @@ def test_dataset_is_optional(scale, capsys):
     # bench.py measures on random tokens, with GPT-2's vocabulary
     assert scale(n_layer=1, dataset="absent")["n_embd"] == 64
     assert "0 epochs" in capsys.readouterr().out
+
+
+def test_wrong_sizes_are_left_to_train(scale):
+    # which names the flag in one line
+    for wrong in (dict(batch_size=0), dict(gradient_accumulation_steps=0), dict(max_iters=0)):
+        assert scale(n_layer=1, **wrong).items() >= wrong.items()
