@@ -3,7 +3,7 @@ The GPT model, with the architectures of GPT-2, Llama, Mistral and Qwen. Section
 the layers they use from section 11 behave like their PyTorch namesakes. Skip the other sections until you need them.
 
 Shape letters: B sequences of T tokens, C = n_embd channels, H query heads and G key/value heads of D = head_dim
-channels, S keys (cached and new ones; S = T without a cache), V tokens in the vocabulary.
+channels, S keys (cached and new ones; S = T without a cache; the whole cache if compiled), V tokens in the vocabulary.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ def rope_cos_sin(pos, config):
     """
     exponents = torch.arange(0, config.head_dim, 2, device=pos.device).float() / config.head_dim
     freqs = 1.0 / config.rope_theta**exponents  # radians per position, (D/2,)
-    freqs, factor = scale_rope(freqs, config) if config.rope_scaling else (freqs, 1.0)  # a longer context, section 7
+    freqs, factor = scale_rope(freqs, config) if config.rope_scaling else (freqs, 1.0)  # extended context, section 7
     angles = pos[:, None] * freqs  # (T, D/2)
     return factor * angles.cos().repeat(1, 2), factor * torch.cat((-angles.sin(), angles.sin()), dim=-1)
 
@@ -117,19 +117,19 @@ def apply_rope(x, cos, signed_sin):
 
 
 def attention(q, k, v, mask=None, dropout=0.0):
-    """Return the attention (B, H, T, D) of queries q (B, H, T, D) over keys and values k, v (B, G, S, D).
+    """Return the attention output (B, H, T, D) of queries q (B, H, T, D) over keys and values k, v (B, G, S, D).
 
     mask (T, S) is True where a query may attend to a key. None: causal attention with S == T, or one query (T == 1)
     that attends to all S keys.
     """
     # two cases have faster kernels with equal results (section 11): training on CPUs, and decoding, which has no
     # dropout; everything else takes the call at the end
-    if q.is_cpu and q.requires_grad and mask is None:
+    if q.is_cpu and q.requires_grad and mask is None and q.size(2) == k.size(2):
         return train_attention_on_cpu(q, k, v, dropout)
     if q.size(2) == 1 and not q.requires_grad:
         return attend_one_token(q, k, v, mask)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, enable_gqa=q.size(1) > k.size(1)
+        q, k, v, mask, dropout, is_causal=mask is None and q.size(2) > 1, enable_gqa=q.size(1) > k.size(1)
     )
 
 
@@ -252,12 +252,12 @@ class GPT(nn.Module):
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe(pos)
         else:
-            rope = [table.to(x.dtype) for table in rope_cos_sin(pos, self.config)]
+            rope = [table.to(x.dtype) for table in rope_cos_sin(pos, self.config)]  # autocast: q may be narrower than x
         x = self.transformer.drop(x)
 
-        # S == T without a cache, or when an empty one is filled: attention() is causal by itself. One token after S - 1
-        # cached ones attends to all. Else the query at position i may attend to keys 0 .. i: in compiled decoding S is
-        # the cache's size, and the mask hides its end
+        # attention() needs no mask for S == T, where it is causal by itself, and for one token after S - 1 cached ones,
+        # which attends to all. Otherwise query i may attend to keys 0 .. i: several tokens after cached ones, or S ==
+        # cache size, as always in compiled decoding, where the mask hides the slots that are not filled yet
         S = caches[0].visible if caches else T
         mask = None
         if S > T and (T > 1 or S == caches[0].size):
@@ -275,7 +275,7 @@ class GPT(nn.Module):
             return None, linear_cross_entropy(x, self.lm_head.weight, targets)  # in chunks, see section 11
         logits = self.lm_head(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
-        return logits, loss
+        return logits if return_logits else None, loss
 
     # -------------------------------------------------------------------------
     # 5. generation
@@ -324,7 +324,7 @@ class GPT(nn.Module):
                 logits = self.prefill(context, caches)
             else:
                 logits = self.decode_one_token(token, context.size(1) - 1, caches)
-            # sample it, and append it to the context
+            # sample the next token; it is appended to the context below
             token = sample_next(logits, temperature, top_k, top_p, generator)
             # finished rows go on with a stop token, so that the batch stays a rectangle
             if stop:
@@ -370,7 +370,7 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
     sum to at least p (nucleus sampling, https://arxiv.org/abs/1904.09751). None or 0 turns either off.
     Example: tensor([[0.0, 9.0, 1.0]]), temperature=0 -> tensor([1])
     """
-    # greedy; a temperature this small cannot be a divisor
+    # greedy; a division by so small a temperature could give inf or NaN
     if temperature < 1e-30 or top_k == 1:
         return logits.argmax(dim=-1)
     # the largest logit becomes 0, so that a low temperature cannot overflow

@@ -16,7 +16,7 @@ number of threads). class Run, below, lists the files in out_dir.
 
 Exit codes: 0 done, 1 the last checkpoint could not be written, 2 wrong usage, out of memory or corrupt data, 3
 diverged, 129, 130 and 143 stopped by SIGHUP, SIGINT and SIGTERM. torchrun turns all but 0 into 1; out_dir/exit_code
-then has the code, unless the run failed at its start or ended with a traceback.
+then has rank 0's, unless the run failed at its start or ended with a traceback, which exits with 1.
 """
 
 import configurator  # isort: skip  # first: it prepares the import of torch
@@ -115,8 +115,8 @@ timeout = 600  # timeout of collectives, in seconds
 seed = 1337  # of the initial weights, the order of the data, and dropout
 deterministic = False  # use deterministic (slower) algorithms on GPUs; CPUs are always deterministic
 # -----------------------------------------------------------------------------
-# override the globals above from config files and flags; explicit: the names that were given. config has the same
-# settings for checkpoints; match_model() below sets its model settings to the loaded model's, but not the globals
+# override the globals above from config files and flags; explicit: the names that were given. config is a copy of them
+# that checkpoints store; match_model() below sets the model settings in it, but not the globals, to the loaded model's
 config, explicit = configure(globals())
 
 if plot:
@@ -215,24 +215,26 @@ else:  # start from the sum of base and adapter
 # block_size, which comes next
 configurator.match_model(config, explicit - {"block_size", "dropout"}, model_fields, checkpoint_path or init_from)
 
-# context length: as given; else what the checkpoint was trained on, of a new or a Hub model at most the default
+# context length: as given; else the one that conversations were packed for; else the checkpoint's in training; else,
+# of a new or a Hub model, the default. Never more than the model allows
 longest, has_rope = model.config.block_size, model.config.position == "rope"
 if "block_size" not in explicit:
     if checkpoint:  # with RoPE the model may allow more
         block_size = checkpoint.get("config", {}).get("block_size", longest) if has_rope else longest
-    block_size = min(data.block_size or block_size, longest)  # what conversations were packed for
+    block_size = min(data.block_size or block_size, longest)
 if block_size > longest:
     fail(f"--block_size={block_size} exceeds the model's {longest}")
 if batch_size * block_size >= 2**31:
     fail(f"{batch_size} x {block_size} is too many tokens for a micro-batch: lower --batch_size")
-if block_size < longest and (init_from == "scratch" or not has_rope):
-    if resuming:
+if block_size < longest and (init_from == "scratch" or not has_rope):  # loaded RoPE models keep their limit
+    if resuming and not eval_only:
         new_run = f"{shlex.quote(f'--init_from={out_dir}')} --block_size={block_size}"
         fail(f"this run has block_size {longest}: start a new one, {new_run}")
     model.crop_block_size(block_size)
 config["block_size"] = block_size
 
-# tokenizer: the model's; the dataset must use the same, or add turn tokens, for which the embedding grows
+# tokenizer: the model's; the dataset must use the same, or add the tokens that begin and end turns of a chat ("extra"),
+# for which the embedding grows
 dataset_tokenizer = data.tokenizer or assumed_tokenizer(data.vocab_size)
 model_tokenizer = checkpoint.get("tokenizer") if checkpoint else None
 with usage_errors():
@@ -246,9 +248,8 @@ with usage_errors():
     for stream in tokens.values():
         stream.check(block_size, model.config.vocab_size)
 
-# bytes per token, for bits per byte, and the prompt of the samples
+# bits per byte and samples need the tokenizer itself; the prompt of the samples
 vocab_size = model.config.vocab_size
-byte_lengths = torch.zeros(vocab_size, dtype=torch.int64)
 tokenizer, prompt = None, None
 if tokenizer_description:
     try:
@@ -257,9 +258,6 @@ if tokenizer_description:
         print(for_terminal(f"rank {rank}: no bits per byte and no samples: {e}"), file=sys.stderr)
 if any_rank(tokenizer is None, device):  # a node without network may lack what the others have
     tokenizer = None
-else:
-    lengths = torch.from_numpy(tokenizer.byte_lengths()[:vocab_size])
-    byte_lengths[: len(lengths)] = lengths
 if tokenizer and sample_interval and not eval_only:
     try:
         prompt = torch.tensor([prompt_ids(tokenizer, sample_prompt, vocab_size)], device=device)
@@ -331,7 +329,7 @@ if use_ddp:
 # -----------------------------------------------------------------------------
 # batches, evaluation, learning rate
 
-packed = data.block_size is not None  # into windows of conversations
+packed = data.block_size is not None  # whether conversations were packed into windows
 
 
 def get_batch(tokens_seen, micro_step):
@@ -374,7 +372,7 @@ def estimate_loss():
             with autocast:  # raw_model: DDP has nothing to average here
                 batch_loss, batch_tokens = gpt.sum_losses(raw_model, [(X, Y)])
             loss, n_tokens = loss + batch_loss, n_tokens + batch_tokens
-            n_bytes += byte_lengths[Y[Y != -1].cpu()].sum().item()
+            n_bytes += tokenizer.count_bytes(X.cpu().numpy(), Y.cpu().numpy()) if tokenizer else 0
         loss, n_tokens, n_bytes = sum_over_ranks([loss, n_tokens, n_bytes], device)
         losses[f"{split}/loss"] = loss / n_tokens
         if split == "val":
@@ -437,7 +435,7 @@ def train():
                 continue
             run.log(losses | {"memory": gpt.peak_memory(device_type)})
             print0(eval_line(losses))
-            run.save_if_best(losses["val/loss"])  # ckpt_best.pt, and ckpt.pt if it does not have this step
+            run.save_if_best(losses["val/loss"])  # ckpt_best.pt, and ckpt.pt with the new best loss
         if run.should_sample(iter_num) and (is_master or use_fsdp):  # FSDP needs all ranks to generate
             text = sample_text()
             run.log({"sample": text})
@@ -455,7 +453,7 @@ def train():
         for micro_step in range(rank, gradient_accumulation_steps, world_size):
             set_seed(iter_num, micro_step)
             X, Y = get_batch(tokens_seen, micro_step)
-            if use_ddp:  # all-reduce in the last micro-step only; FSDP always, whole gradients would not fit
+            if use_ddp:  # all-reduce in the last micro-step only; FSDP in each: unsharded gradients would not fit
                 model.require_backward_grad_sync = micro_step + world_size >= gradient_accumulation_steps
             with autocast:
                 _, loss = model(X, Y, return_logits=False)
@@ -558,6 +556,7 @@ class Run:
 
     ckpt.pt           the latest state, to resume from; ckpt_prev.pt is the one before
     ckpt_best.pt      the weights with the lowest validation loss, to sample from
+    ckpt.pt.corrupt   a latest state that could not be read
     metrics.jsonl     everything that is logged, one JSON object per line; tensorboard/ and loss.png if asked
     exit_code         of the finished run
     previous-1/ ...   earlier runs in the same out_dir
@@ -596,7 +595,7 @@ class Run:
             self.move_files(BEST)
         # rewrite metrics.jsonl atomically
         if os.path.exists(self.metrics_path):
-            # drop what will be logged again; if a finished run is trained further, its last evaluation may not be
+            # drop what will be logged again, but not the last evaluation of a run that is made longer, if it is not due
             due = {"loss": True, "val/loss": self.should_evaluate(iter_num), "sample": self.should_sample(iter_num)}
             records = read_metrics(out_dir, before=iter_num + 1)
             records = [r for r in records if r["iter"] < iter_num or not any(due[key] for key in due.keys() & r.keys())]
@@ -657,7 +656,8 @@ class Run:
         """Save ckpt.pt or ckpt_best.pt; returns False if it could not be written.
 
         If the state has to be copied to CPU memory anyway (from GPUs, with FSDP), ckpt.pt is written in the background,
-        and True means started. On CPUs that would slow training down. ckpt_best.pt is waited for: see save_if_best().
+        and True means started. On CPUs a background write would slow training down. ckpt_best.pt is waited for: see
+        save_if_best().
         """
         # one save at a time
         self.wait()
@@ -711,10 +711,8 @@ class Run:
         previous, self.best_val_loss = self.best_val_loss, val_loss
         if iter_num > 0 and not self.save(BEST):
             self.best_val_loss = previous
-        # train() may have saved this step already, with the old best_val_loss. In mid-run, resuming repeats this
-        # evaluation; at the end it may not, if the run is made longer and the end was off the interval: save again
-        at_end = iter_num >= max_iters and iter_num > 0
-        if iter_num > self.saved_iter or at_end:
+        # again, if train() has saved this step with the old best_val_loss: a resumed run may not repeat this evaluation
+        if iter_num > 0:
             self.save(LATEST)
 
     def log(self, record):
@@ -799,14 +797,12 @@ elif iter_num >= max_iters and not eval_only:
 try:
     exit_code = train()
 except Exception as e:
-    # after a signal, treat any error as its consequence, and save: Ctrl-C also reaches helper processes, such as the
-    # compiler's, whose death raises here
+    # two kinds of errors end a run in order: DataError, and any error after a signal, which is its consequence, because
+    # Ctrl-C also reaches helper processes, such as the compiler's, whose death raises here
     if not isinstance(e, DataError) and not stop_signal.received:
         raise
-    exit_code = 128 + stop_signal.received
-    if isinstance(e, DataError):
-        exit_code = 2
-        print(for_terminal(f"error: {e}"), file=sys.stderr)
+    exit_code = 2 if isinstance(e, DataError) else 128 + stop_signal.received
+    print(for_terminal(f"{'error' if exit_code == 2 else 'interrupted'}: {first_line(e)}"), file=sys.stderr)
     if use_fsdp:  # a save needs all ranks, but they wait in another collective: leave, and torchrun stops them
         run.writer.wait()
         run.close(exit_code)

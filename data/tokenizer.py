@@ -14,6 +14,7 @@ checkpoints, and from_description() makes the same tokenizer again: ids are neve
 import base64
 import codecs
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -75,16 +76,25 @@ class Tokenizer:
             yield decoder.decode(self.token_bytes(int(i)))
         yield decoder.decode(b"", final=True)
 
+    @functools.cached_property
     def byte_lengths(self):
-        """Return the bytes of text per token, (vocab_size,), which turn a loss per token into bits per byte.
+        """The bytes of text per token, (vocab_size,); special tokens have none."""
+        return np.array([0 if i in self.special else len(self.token_bytes(i)) for i in range(self.vocab_size)])
 
-        Special tokens have none. Documents have the same sum with every tokenizer that does not change their text: a
-        space that the tokenizer adds before each document is subtracted at its end.
+    def count_bytes(self, inputs, targets):
+        """Return the bytes of text that targets stand for, each of them the token after its input; -1 has none.
+
+        Documents have the same number with every tokenizer that does not change their text: the space that some add
+        before a document, so after `eot` or `bos`, does not count.
         """
-        lengths = np.array([0 if i in self.special else len(self.token_bytes(i)) for i in range(self.vocab_size)])
-        if self.eot is not None:
-            lengths[self.eot] = -max(0, lengths[self.encode("a")].sum() - len("a"))
-        return lengths
+        # the last entry is for targets without a token: -1, and ids that only round up the vocabulary
+        lengths = np.append(self.byte_lengths, 0)[np.minimum(targets, self.vocab_size)]
+        if self.eot is None:
+            return int(lengths.sum())
+        # the first token of a document includes the space
+        added = max(0, self.byte_lengths[self.encode("a")].sum() - len("a"))
+        is_first = np.isin(inputs, [self.eot, *self.bos]) & (lengths > 0)
+        return int(lengths.sum() - added * is_first.sum())
 
     def save_pretrained(self, folder):
         """Write the files for AutoTokenizer into a folder."""

@@ -157,7 +157,7 @@ def test_turn_tokens_are_restored_and_never_encoded(bpe):
         n = again.vocab_size
         assert n == again.base.vocab_size + 2 and again.decode([n - 2, n - 1]) == "".join(TURN_TOKENS)
         assert max(again.encode("<|im_start|><|im_end|>")) < n - 2
-        assert again.byte_lengths()[n - 2 :].tolist() == [0, 0]
+        assert again.byte_lengths[n - 2 :].tolist() == [0, 0]
         with pytest.raises(ValueError, match="another tokenizer"):  # the ids of other characters
             match_tokenizers(CharTokenizer("ab").description, again.description, "x")
 

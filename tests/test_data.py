@@ -27,7 +27,7 @@ def test_char_tokenizer_round_trips_through_its_description():
     ids = tokenizer.encode(text).tolist()
     assert again.encode(text).tolist() == ids
     assert again.decode(ids) == "".join(again.decode_stream(ids)) == text
-    assert again.byte_lengths()[ids].sum() == len(text.encode())
+    assert again.byte_lengths[ids].sum() == len(text.encode())
 
 
 def test_char_tokenizer_names_unknown_characters():
@@ -42,7 +42,7 @@ def check_byte_pair_encoding(tokenizer):
     pieces = list(tokenizer.decode_stream(ids))
     assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
     assert tokenizer.decode([tokenizer.vocab_size + 9]) == "\ufffd"
-    assert tokenizer.byte_lengths()[ids].sum() == len(text.replace("<|endoftext|>", "").encode())
+    assert tokenizer.byte_lengths[ids].sum() == len(text.replace("<|endoftext|>", "").encode())
     assert from_description(tokenizer.description).encode(text).tolist() == ids.tolist()
 
 

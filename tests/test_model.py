@@ -77,18 +77,19 @@ def test_cached_generation_equals_uncached(prompt, slide, settings):
     assert len(set(expected[0, prompt:].tolist())) > 3  # it is no constant text that agrees
 
 
+@pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("settings", ARCHITECTURES)
-@torch.no_grad()
-def test_cache_filled_in_chunks_equals_one_prefill(settings):
+def test_cache_filled_in_chunks_equals_one_prefill(settings, gradients):
     model, idx = small(**settings), torch.randint(61, (2, 12))
-    expected, _ = model(idx)
-    for cuts in ([0, 12], [0, 5, 12], [0, 1, 2, 9, 12]):
-        caches = [KVCache(16) for _ in range(2)]
-        for start, end in itertools.pairwise(cuts):
-            for cache in caches:
-                cache.visible = end
-            logits, _ = model(idx[:, start:end], caches=caches, pos=torch.arange(start, end))
-        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    with torch.set_grad_enabled(gradients):
+        expected, _ = model(idx)
+        for cuts in ([0, 12], [0, 5, 12], [0, 1, 2, 9, 11, 12]):
+            caches = [KVCache(16) for _ in range(2)]
+            for start, end in itertools.pairwise(cuts):
+                for cache in caches:
+                    cache.visible = end
+                logits, _ = model(idx[:, start:end], caches=caches, pos=torch.arange(start, end))
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("settings", ARCHITECTURES)

@@ -754,13 +754,14 @@ def test_bytes_of_a_text_do_not_depend_on_the_tokenizer(tmp_path):
     from_name("bpe:512", lambda n: documents).save_pretrained(str(tmp_path / "hub"))
     for name in [*tokenizers, str(tmp_path / "hub")]:
         data = make(tmp_path / f"x{len(counts)}", path, tokenizer=name)
-        lengths = from_description(data.tokenizer).byte_lengths()
-        counts[name] = sum(lengths[stream.read(0, len(stream))].sum() for stream in map(data.split, ("train", "val")))
+        tokenizer = from_description(data.tokenizer)
+        streams = (stream.read(0, len(stream)) for stream in map(data.split, ("train", "val")))
+        counts[name] = sum(tokenizer.count_bytes([tokenizer.eot or 0, *ids[:-1]], ids) for ids in streams)
     counts["char"] -= len(documents)  # with it a newline, which is text, ends each document
     assert set(counts.values()) == {sum(len(text.encode()) for text in documents)}, counts
 
 
-def test_validation_part_of_a_long_text_does_not_depend_on_the_tokenizer(tmp_path):
+def test_parts_of_a_long_text_do_not_depend_on_the_tokenizer(tmp_path):
     train_sentencepiece(tmp_path / "m", "bpe")
     words = "".join(f"{i} {' '.join(text.split())} " for i, text in enumerate(DOCUMENTS)).strip()
     assert len(words) > 50_000
@@ -768,17 +769,13 @@ def test_validation_part_of_a_long_text_does_not_depend_on_the_tokenizer(tmp_pat
     tokenizers = ["char", "bpe:512", str(tmp_path / "m.model")] + ["gpt2"] * ("TIKTOKEN_CACHE_DIR" in os.environ)
     for name in tokenizers:
         data = make(tmp_path / f"x {name.split(chr(47))[-1]}", path, tokenizer=name)
-        tokenizer, n_bytes = from_description(data.tokenizer), {}
-        for split in ("train", "val"):
-            ids = data.split(split).read(0, len(data.split(split)))
-            if split == "val":
-                ids = ids[:-1]  # without the end of text
-                assert tokenizer.decode(ids).lstrip() == validation.lstrip()
-            n_bytes[split] = sum(len(tokenizer.token_bytes(int(i))) for i in ids)
-        assert n_bytes["val"] == len(validation.encode())
-        assert n_bytes["train"] - len((words[: -len(validation)]).encode()) == (
-            "model" in name
-        )  # SentencePiece's space
+        tokenizer = from_description(data.tokenizer)
+        train, val = (stream.read(0, len(stream)) for stream in map(data.split, ("train", "val")))
+        assert tokenizer.decode(val[:-1]).lstrip() == validation.lstrip()  # without the end of text
+        newline = int(name == "char")  # ends the text, and is text itself
+        assert tokenizer.count_bytes([-1, *val[:-1]], val) == len(validation.encode()) + newline
+        rest = words[: -len(validation)]
+        assert tokenizer.count_bytes([tokenizer.eot or 0, *train[:-1]], train) == len(rest.encode())
 
 
 def test_char_dataset_is_readable_by_nanogpt(tmp_path):

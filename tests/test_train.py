@@ -928,7 +928,15 @@ def test_best_that_could_not_be_written_does_not_count(train, tiny_run, monkeypa
     assert result.out.count("ckpt_best.pt (") == 3
     losses = [r["val/loss"] for r in metrics(tiny_run.out) if "val/loss" in r]
     assert read_checkpoint(tiny_run.out / BEST)["iter_num"] == 20
-    assert read_checkpoint(tiny_run.out / LATEST)["best_val_loss"] == losses[-1]
+    assert read_checkpoint(tiny_run.out / BEST)["best_val_loss"] == losses[-1]
+
+
+def test_longer_run_keeps_a_best_that_it_does_not_measure_again(train, tiny_run):
+    train(tiny_run.flags, "--eval_interval=20")
+    longer = ["--init_from=resume", "--max_iters=23", "--eval_interval=11", "--decay_lr=False", "--learning_rate=1"]
+    result = train(tiny_run.flags, *longer)
+    assert "step 22: " in result.out and "step 20: " not in result.out
+    assert read_checkpoint(tiny_run.out / BEST)["iter_num"] == 20
 
 
 def test_compiled_training_gives_the_same_losses(train, tiny_run, tmp_path):
