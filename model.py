@@ -252,12 +252,13 @@ class GPT(nn.Module):
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe(pos)
         else:
-            rope = [table.to(x.dtype) for table in rope_cos_sin(pos, self.config)]  # autocast: q may be narrower than x
+            # cast once for all layers; under autocast apply_rope() casts again, to the dtype of q
+            rope = [table.to(x.dtype) for table in rope_cos_sin(pos, self.config)]
         x = self.transformer.drop(x)
 
         # attention() needs no mask for S == T, where it is causal by itself, and for one token after S - 1 cached ones,
-        # which attends to all. Otherwise query i may attend to keys 0 .. i: several tokens after cached ones, or S ==
-        # cache size, as always in compiled decoding, where the mask hides the slots that are not filled yet
+        # which attends to all. Else a query at position p may attend to keys 0 .. p: several tokens after cached ones,
+        # or compiled decoding, where all slots of the cache are visible, and the mask hides those not filled yet
         S = caches[0].visible if caches else T
         mask = None
         if S > T and (T > 1 or S == caches[0].size):

@@ -144,12 +144,13 @@ if init_from != "scratch":
     with usage_errors():
         checkpoint, checkpoint_path = gpt.open_checkpoint(init_from, out_dir, names)
 
-# resume and eval_only inherit the settings of the checkpoint, except those given now
+# resume and eval_only inherit the checkpoint's settings, except those in flags, config files and the environment; the
+# defaults at the top of this file do not count, edited or not
 inherits = checkpoint is not None and (resuming or eval_only)
 saved_config, changed = {}, []
 if inherits:
     saved_config = dict(checkpoint.get("config", {}))
-    # if the learning rate decayed until max_iters, it does so in this run, too, even if max_iters changes
+    # lr_decay_iters == max_iters means "until the end": not inherited, so that the decay follows a new max_iters
     if saved_config.get("lr_decay_iters") == saved_config.get("max_iters"):
         saved_config.pop("lr_decay_iters", None)
     given = explicit | {"out_dir", "init_from", "device", "backend"}
@@ -209,7 +210,7 @@ with usage_errors():
 model_fields = dataclasses.asdict(model.config)
 if resuming:  # the adapter's settings, too: model.lora has rank, alpha, dropout and targets
     model_fields |= {f"lora_{name}": value for name, value in (model.lora or {"rank": 0}).items()}
-else:  # start from the sum of base and adapter
+else:  # if it has an adapter, start from the sum of base and adapter
     gpt.merge_lora(model)
 # write the model's values into config; fail if an explicit setting differs, except dropout, which may change, and
 # block_size, which comes next
@@ -226,7 +227,9 @@ if block_size > longest:
     fail(f"--block_size={block_size} exceeds the model's {longest}")
 if batch_size * block_size >= 2**31:
     fail(f"{batch_size} x {block_size} is too many tokens for a micro-batch: lower --batch_size")
-if block_size < longest and (init_from == "scratch" or not has_rope):  # loaded RoPE models keep their limit
+# crop new models, for which packed conversations may be too short, and learned positions; loaded RoPE models keep their
+# own block_size
+if block_size < longest and (init_from == "scratch" or not has_rope):
     if resuming and not eval_only:
         new_run = f"{shlex.quote(f'--init_from={out_dir}')} --block_size={block_size}"
         fail(f"this run has block_size {longest}: start a new one, {new_run}")
@@ -339,6 +342,21 @@ def get_batch(tokens_seen, micro_step):
     return load_batch(tokens["train"], starts, block_size, vocab_size, device)
 
 
+def micro_batch_weights(tokens_seen):
+    """Return the weights of the micro-batches' mean losses in the step's loss.
+
+    They are 1, unless conversations are packed: there the numbers of targets differ.
+    """
+    if not packed:
+        return [1.0] * gradient_accumulation_steps
+    # every rank counts the targets of all ranks
+    count = gradient_accumulation_steps * batch_size
+    starts = train_windows(len(tokens["train"]), block_size, seed, tokens_seen // block_size, count, packed)
+    mask = tokens["train"].mask.windows(starts, block_size + 1)[:, 1:]
+    targets = mask.reshape(gradient_accumulation_steps, -1).sum(axis=1)
+    return (targets * gradient_accumulation_steps / targets.sum()).tolist()
+
+
 def set_seed(iter_num, micro_step):
     """Seed by step and micro-step, so that a resumed run repeats the same dropout masks."""
     torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, micro_step)).generate_state(1, np.uint64)[0]))
@@ -393,7 +411,7 @@ def get_lr(it):
         return learning_rate * (it + 1) / (warmup_iters + 1)
     if lr_schedule == "constant":
         return learning_rate
-    # the warmup leaves no steps for the decay
+    # constant, too, if the warmup leaves no steps for the decay
     decay_end = lr_decay_iters or max_iters
     if decay_end <= warmup_iters:
         return learning_rate
@@ -417,7 +435,7 @@ def get_lr(it):
 def train():
     """Train until max_iters, a signal or divergence; returns the exit code."""
     # run and stop_signal are created at the end of the file, before this is called
-    global iter_num, tokens_seen  # of the completed steps: their number and their tokens
+    global iter_num, tokens_seen  # number of steps completed, and of tokens in them
     seconds, timed_steps = 0.0, 0  # since the last log line
     second_step_began = None  # for the ETA: the first step also compiles
     stopping = False
@@ -449,7 +467,7 @@ def train():
         lr = get_lr(iter_num)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss_sum = torch.zeros((), device=device)
+        loss_sum, weights = torch.zeros((), device=device), micro_batch_weights(tokens_seen)
         for micro_step in range(rank, gradient_accumulation_steps, world_size):
             set_seed(iter_num, micro_step)
             X, Y = get_batch(tokens_seen, micro_step)
@@ -457,7 +475,8 @@ def train():
                 model.require_backward_grad_sync = micro_step + world_size >= gradient_accumulation_steps
             with autocast:
                 _, loss = model(X, Y, return_logits=False)
-                loss = loss * world_size / gradient_accumulation_steps  # DDP and FSDP average over the ranks
+                # DDP and FSDP average over the ranks
+                loss = loss * weights[micro_step] * world_size / gradient_accumulation_steps
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
         scaler.unscale_(optimizer)

@@ -324,6 +324,16 @@ def test_two_ranks_equal_one_with_a_mask(chat_run, questions, train, start_proce
     assert last["val/loss"] == pytest.approx((losses.sum() / mask.sum()).item(), abs=1e-4)
 
 
+def test_loss_does_not_depend_on_the_micro_batches_with_a_mask(chat_run, train, tmp_path):
+    # the windows have different numbers of targets
+    flags = [*chat_run.flags, "--max_iters=6", "--eval_interval=100", "--dropout=0"]
+    train(flags)
+    train(flags, f"--out_dir={tmp_path / 'b'}", "--batch_size=1", "--gradient_accumulation_steps=8")
+    one, eight = metrics(chat_run.out), metrics(tmp_path / "b")
+    for key in ("loss", "grad_norm"):
+        assert [r[key] for r in eight if key in r] == pytest.approx([r[key] for r in one if key in r], abs=1e-4)
+
+
 def test_train_refuses_another_block_size(chat_run, train):
     assert "--block_size=64" in train(chat_run.flags, "--block_size=32", code=2).err
 
