@@ -342,21 +342,6 @@ def get_batch(tokens_seen, micro_step):
     return load_batch(tokens["train"], starts, block_size, vocab_size, device)
 
 
-def micro_batch_weights(tokens_seen):
-    """Return the weights of the micro-batches' mean losses in the step's loss.
-
-    They are 1, unless conversations are packed: there the numbers of targets differ.
-    """
-    if not packed:
-        return [1.0] * gradient_accumulation_steps
-    # every rank counts the targets of all ranks
-    count = gradient_accumulation_steps * batch_size
-    starts = train_windows(len(tokens["train"]), block_size, seed, tokens_seen // block_size, count, packed)
-    mask = tokens["train"].mask.windows(starts, block_size + 1)[:, 1:]
-    targets = mask.reshape(gradient_accumulation_steps, -1).sum(axis=1)
-    return (targets * gradient_accumulation_steps / targets.sum()).tolist()
-
-
 def set_seed(iter_num, micro_step):
     """Seed by step and micro-step, so that a resumed run repeats the same dropout masks."""
     torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, micro_step)).generate_state(1, np.uint64)[0]))
@@ -508,6 +493,21 @@ def train():
             run.log({"loss": loss, "lr": lr, "grad_norm": grad_norm if math.isfinite(grad_norm) else None} | speed)
             print0(progress_line(loss, lr, grad_norm, dt, speed, second_step_began), progress=True)
         iter_num += 1
+
+
+def micro_batch_weights(tokens_seen):
+    """Return the weights of the micro-batches' mean losses in the step's loss.
+
+    They are 1, unless conversations are packed: there the numbers of targets differ.
+    """
+    if not packed:
+        return [1.0] * gradient_accumulation_steps
+    # every rank counts the targets of all ranks
+    count = gradient_accumulation_steps * batch_size
+    starts = train_windows(len(tokens["train"]), block_size, seed, tokens_seen // block_size, count, packed)
+    mask = tokens["train"].mask.windows(starts, block_size + 1)[:, 1:]
+    targets = mask.reshape(gradient_accumulation_steps, -1).sum(axis=1)
+    return (targets * gradient_accumulation_steps / targets.sum()).tolist()
 
 
 def sample_text():
