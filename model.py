@@ -42,7 +42,7 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     bias: bool = True  # biases in Linear and LayerNorm layers, as in GPT-2
-    # options that nanoGPT lacks; the defaults give its model
+    # options that nanoGPT lacks; the defaults give its model, and checkpoints omit them, so they must never change
     norm: str = "layernorm"  # layernorm, rmsnorm
     position: str = "learned"  # learned, rope
     mlp: str = "gelu"  # gelu, gelu_tanh (OpenAI's GPT-2), swiglu, relu2
@@ -1504,7 +1504,7 @@ def attend_one_token(q, k, v, mask):
     B, H, _, D = q.shape
     q = q.view(B, k.size(1), -1, D)  # (B, G, H / G, D)
     if mask is None:
-        return F.scaled_dot_product_attention(q, k, v).view(B, H, 1, D)
+        return F.scaled_dot_product_attention(q, k, v).reshape(B, H, 1, D)  # some kernels swap G and H / G in memory
     # sums that torch.compile fuses: faster than SDPA with a mask
     q = q.float()
     if q.is_cpu:  # store q, which the compiler would otherwise compute again for every key
@@ -1676,12 +1676,16 @@ def compile_generation(model):
         from torch._inductor import config  # torch.compile has no option for freezing
 
         options = {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
-        compiled = torch.compile(step, dynamic=False, options=options)
+        compiled, shapes = torch.compile(step, dynamic=False, options=options), set()
 
-        @config.patch(freezing=True)
-        def compiled_step(*args):
-            with contextlib.redirect_stderr(io.StringIO()):  # it lists every kernel that it tries
-                return compiled(*args)
+        def compiled_step(token, pos, caches):
+            shape = caches[0].k.shape
+            if shape in shapes:  # without the checks whether the compiled code still fits, 1 ms per token
+                with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+                    return compiled(token, pos, caches)
+            shapes.add(shape)
+            with config.patch(freezing=True), contextlib.redirect_stderr(io.StringIO()):  # it lists its trials
+                return compiled(token, pos, caches)
     else:
         compiled_step = capture_cuda_graphs(torch.compile(step, dynamic=False))
 

@@ -337,6 +337,15 @@ def test_attend_one_token_equals_sdpa_with_a_mask(n_kv_head):
     torch.testing.assert_close(attend_one_token(q, k, v, mask), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_attend_one_token_takes_any_memory_layout(monkeypatch):
+    # CUDA's memory-efficient kernel stores (B, H, T, D) as (B, T, H, D)
+    q, k, v = (torch.randn(2, n, s, 8) for n, s in ((6, 1), (2, 5), (2, 5)))
+    expected = attend_one_token(q, k, v, None)
+    name, swap = "scaled_dot_product_attention", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)
+    monkeypatch.setattr(torch.nn.functional, name, lambda *x: swap(scaled_dot_product_attention(*x)))
+    assert torch.equal(attend_one_token(q, k, v, None), expected)
+
+
 def test_attention_dropout_rescales_forward_and_backward():
     """y is linear in v, so the gradient of v has to be that of the very weights that made y."""
     q, k = torch.randn(2, 2, 3, 64, 8)
