@@ -23,8 +23,8 @@ from model import (
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="this PyTorch finds no CUDA GPU")
 
-SMALL = dict(block_size=32, vocab_size=64, n_layer=2, n_head=2, n_embd=64)
-MODERN = dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=1, qk_norm=True, bias=False)
+SMALL = dict(block_size=32, vocab_size=64, n_layer=2, n_head=4, n_embd=64)
+MODERN = dict(norm="rmsnorm", position="rope", mlp="swiglu", n_kv_head=2, qk_norm=True, bias=False)
 EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}  # products in full float32, although train.py allows TF32
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
 
