@@ -84,7 +84,7 @@ print(f"device:   {device_line}", file=sys.stderr)
 
 # the newest run, if none is named
 runs = glob.glob("out*/ckpt*.pt")
-if init_from == "resume" and "out_dir" not in explicit and runs and not glob.glob("out/ckpt*.pt"):
+if init_from == "resume" and out_dir == "out" and "out_dir" not in explicit and runs and not glob.glob("out/ckpt*.pt"):
     out_dir = os.path.dirname(max(runs, key=os.path.getmtime))
 
 # model; an adapter is merged, unless it is exported or compared
@@ -187,7 +187,7 @@ def print_stream(x):
 
 def reply(messages):
     """Yield the pieces of a reply to messages, without the oldest ones if the context is too short."""
-    system = [{"role": "system", "content": start}] if "start" in explicit else []
+    system = [{"role": "system", "content": start}] if "start" in explicit or start != "\n" else []
     ids = template.prompt(system + messages, block_size - min(max_new_tokens, block_size // 2))
     if max(ids) >= vocab_size:
         raise ValueError(f"the prompt has token id {max(ids)}, but the model's vocabulary ends at {vocab_size - 1}")

@@ -150,10 +150,10 @@ inherits = checkpoint is not None and (resuming or eval_only)
 saved_config, changed = {}, []
 if inherits:
     saved_config = dict(checkpoint.get("config", {}))
-    # lr_decay_iters == max_iters means "until the end": not inherited, so that the decay follows a new max_iters
+    # lr_decay_iters == max_iters means "until the end", so that the decay follows a new max_iters
     if saved_config.get("lr_decay_iters") == saved_config.get("max_iters"):
-        saved_config.pop("lr_decay_iters", None)
-    given = explicit | {"out_dir", "init_from", "device", "backend"}
+        saved_config["lr_decay_iters"] = 0
+    given = explicit | {"out_dir", "init_from", "device", "backend", "eval_only"}
     changed = configurator.inherit(config, given, saved_config, checkpoint_path)
     globals().update(config, init_from=init_from)  # init_from stays resolved, as above
 
