@@ -279,6 +279,7 @@ class Runner:
     def prepare_decoding(self, quantized):
         """Set the model up for generation; returns the bytes of weights that a step reads."""
         self.model.eval()
+        torch.backends.cuda.enable_cudnn_sdp(False)  # as in sample.py
         if self.foreign:
             return sum(p.nbytes for p in self.model.parameters())
         if quantized:

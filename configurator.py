@@ -129,15 +129,15 @@ MIXED_PRECISION = {"true": "auto", "false": "float32", "no": "float32", "bf16": 
 def configure(script):
     """Override a script's settings, given as its globals(), from the environment and sys.argv.
 
-    Returns (settings as a dict, names set explicitly: by the environment, a config file or a flag). A setting is a
-    global with a lower-case name, no leading underscore, and an int, float, bool or str as its value.
+    Returns (settings as a dict, names set explicitly by a config file or a flag). A setting is a global with a
+    lower-case name, no leading underscore, and an int, float, bool or str as its value.
     """
     repair_streams()
 
     # the defaults, first changed by the environment
     defaults = {k: v for k, v in script.items() if k[0] != "_" and k.islower() and type(v) in (int, float, bool, str)}
-    from_environment = read_environment(defaults)
-    settings, explicit, args = defaults | from_environment, set(from_environment), sys.argv[1:]
+    settings = defaults | read_environment(defaults)
+    args, explicit = sys.argv[1:], set()
     if "--help" in args or "-h" in args:
         print_help(script, settings)
         sys.exit(0)

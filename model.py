@@ -128,9 +128,11 @@ def attention(q, k, v, mask=None, dropout=0.0):
         return train_attention_on_cpu(q, k, v, dropout)
     if q.size(2) == 1 and not q.requires_grad:
         return attend_one_token(q, k, v, mask)
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, dropout, is_causal=mask is None and q.size(2) > 1, enable_gqa=q.size(1) > k.size(1)
-    )
+    group = q.size(1) // k.size(1)  # query heads per key/value head
+    if group > 1 and q.is_cuda and q.dtype != torch.bfloat16:  # PyTorch groups heads in flash attention only
+        k, v, group = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), 1
+    is_causal = mask is None and bool(q.size(2) > 1)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=is_causal, enable_gqa=group > 1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -271,7 +273,7 @@ class GPT(nn.Module):
 
         # output layer and loss; generation needs the logits of the last position only
         if targets is None:
-            return self.lm_head(x[:, [-1]]), None
+            return self.lm_head(x[:, -1:]), None
         if not return_logits and isinstance(self.lm_head, Linear):  # not after quantize() or pack_weights()
             return None, linear_cross_entropy(x, self.lm_head.weight, targets)  # in chunks, see section 11
         logits = self.lm_head(x)  # (B, T, V)
@@ -1620,6 +1622,8 @@ class Int8Linear(nn.Module):
         has_kernel = all(size % 64 == 0 for size in self.weight.shape) and rows <= 16
         if has_kernel and x.is_cpu and x.dtype == torch.bfloat16:
             y = torch._weight_int8pack_mm(x.view(rows, -1), self.weight, self.scale).view(*x.shape[:-1], -1)
+        elif x.dtype == torch.float16:  # products with -127 .. 127 could overflow
+            y = F.linear(x, self.weight.to(x.dtype) * self.scale.unsqueeze(1))
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
@@ -1671,21 +1675,19 @@ def compile_generation(model):
         logits, _ = model(token[:, None], caches=caches, pos=pos)
         return logits[:, -1]
 
+    # once per shape of the caches; beyond the limit, which is 8 by default, step() would not be compiled
+    torch._dynamo.config.recompile_limit = 256
     # CPU: freezing prepacks the weights, autotuning picks the kernels
     if model.lm_head.weight.is_cpu:
         from torch._inductor import config  # torch.compile has no option for freezing
 
         options = {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
-        compiled, shapes = torch.compile(step, dynamic=False, options=options), set()
+        compiled = torch.compile(step, dynamic=False, options=options)
 
-        def compiled_step(token, pos, caches):
-            shape = caches[0].k.shape
-            if shape in shapes:  # without the checks whether the compiled code still fits, 1 ms per token
-                with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-                    return compiled(token, pos, caches)
-            shapes.add(shape)
-            with config.patch(freezing=True), contextlib.redirect_stderr(io.StringIO()):  # it lists its trials
-                return compiled(token, pos, caches)
+        @config.patch(freezing=True)
+        def compiled_step(*args):
+            with contextlib.redirect_stderr(io.StringIO()):  # it lists every kernel that it tries
+                return compiled(*args)
     else:
         compiled_step = capture_cuda_graphs(torch.compile(step, dynamic=False))
 

@@ -144,14 +144,14 @@ if init_from != "scratch":
     with usage_errors():
         checkpoint, checkpoint_path = gpt.open_checkpoint(init_from, out_dir, names)
 
-# resume and eval_only inherit the checkpoint's settings, except those in flags, config files and the environment; the
-# defaults at the top of this file do not count, edited or not
+# resume and eval_only inherit the checkpoint's settings, except those in flags and config files. Defaults do not count,
+# edited ones and the environment's included, but for the names in `given`
 inherits = checkpoint is not None and (resuming or eval_only)
 saved_config, changed = {}, []
 if inherits:
     saved_config = dict(checkpoint.get("config", {}))
     # lr_decay_iters == max_iters means "until the end", so that the decay follows a new max_iters
-    if saved_config.get("lr_decay_iters") == saved_config.get("max_iters"):
+    if saved_config.get("lr_decay_iters") == saved_config.get("max_iters") and "lr_decay_iters" not in explicit:
         saved_config["lr_decay_iters"] = 0
     given = explicit | {"out_dir", "init_from", "device", "backend", "eval_only"}
     changed = configurator.inherit(config, given, saved_config, checkpoint_path)
@@ -505,9 +505,9 @@ def micro_batch_weights(tokens_seen):
     # every rank counts the targets of all ranks
     count = gradient_accumulation_steps * batch_size
     starts = train_windows(len(tokens["train"]), block_size, seed, tokens_seen // block_size, count, packed)
-    mask = tokens["train"].mask.windows(starts, block_size + 1)[:, 1:]
+    mask = tokens["train"].mask.windows(starts, block_size + 1)[:, 1:] == 1
     targets = mask.reshape(gradient_accumulation_steps, -1).sum(axis=1)
-    return (targets * gradient_accumulation_steps / targets.sum()).tolist()
+    return (targets * gradient_accumulation_steps / max(1, targets.sum())).tolist()
 
 
 def sample_text():
@@ -516,11 +516,14 @@ def sample_text():
     generator = torch.Generator(device).manual_seed(seed)
     # a compiled model would be compiled again for every length
     eager = torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext()
-    # sampling needs cumsum, which has no deterministic kernel on GPUs
+    # sampling needs cumsum, which has no deterministic kernel on GPUs; cuDNN's attention, which is fast in training, takes
+    # some 30 ms to prepare itself for each number of keys
     if deterministic:
         torch.use_deterministic_algorithms(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     with eager, autocast:
         ids = raw_model.generate(prompt, 100, temperature=0.8, top_k=200, generator=generator)
+    torch.backends.cuda.enable_cudnn_sdp(True)
     if deterministic:
         torch.use_deterministic_algorithms(True)
     raw_model.train()
@@ -728,10 +731,13 @@ class Run:
         # step 0 counts, but is not saved: its weights are those of init_from. A best that could not be written does not
         # count, so that a later evaluation tries again
         previous, self.best_val_loss = self.best_val_loss, val_loss
-        if iter_num > 0 and not self.save(BEST):
+        if iter_num == 0:
+            return
+        is_saved = self.save(BEST)
+        if not is_saved:
             self.best_val_loss = previous
-        # again, if train() has saved this step with the old best_val_loss: a resumed run may not repeat this evaluation
-        if iter_num > 0:
+        # train() may have saved this step with the old best_val_loss, and a resumed run may not repeat this evaluation
+        if is_saved or iter_num > self.saved_iter:
             self.save(LATEST)
 
     def log(self, record):

@@ -89,12 +89,17 @@ class Tokenizer:
         """
         # the last entry is for targets without a token: -1, and ids that only round up the vocabulary
         lengths = np.append(self.byte_lengths, 0)[np.minimum(targets, self.vocab_size)]
-        if self.eot is None:
-            return int(lengths.sum())
         # the first token of a document includes the space
-        added = max(0, self.byte_lengths[self.encode("a")].sum() - len("a"))
-        is_first = np.isin(inputs, [self.eot, *self.bos]) & (lengths > 0)
-        return int(lengths.sum() - added * is_first.sum())
+        begins = np.isin(inputs, [i for i in (self.eot, *self.bos) if i is not None]) & (lengths > 0)
+        return int(lengths.sum() - self.added_bytes * begins.sum())
+
+    @functools.cached_property
+    def added_bytes(self):
+        """The number of bytes that encode() adds to a text: 1 for a space before it, else 0."""
+        try:
+            return max(0, int(self.byte_lengths[self.encode("a")].sum()) - len("a"))
+        except ValueError:  # it has no token for "a"
+            return 0
 
     def save_pretrained(self, folder):
         """Write the files for AutoTokenizer into a folder."""

@@ -932,7 +932,11 @@ def test_best_that_could_not_be_written_does_not_count(train, tiny_run, monkeypa
 
 
 def test_longer_run_keeps_a_best_that_it_does_not_measure_again(train, tiny_run):
-    train(tiny_run.flags, "--eval_interval=20")
+    train(tiny_run.flags, "--eval_interval=10")
+    losses = {r["iter"]: r["val/loss"] for r in metrics(tiny_run.out) if "val/loss" in r}
+    assert losses[0] > losses[10] > losses[20]
+    for name, step in ((PREVIOUS, 10), (LATEST, 20)):
+        assert read_checkpoint(tiny_run.out / name)["best_val_loss"] == losses[step]
     longer = ["--init_from=resume", "--max_iters=23", "--eval_interval=11", "--decay_lr=False", "--learning_rate=1"]
     result = train(tiny_run.flags, *longer)
     assert "step 22: " in result.out and "step 20: " not in result.out
