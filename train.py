@@ -516,8 +516,8 @@ def sample_text():
     generator = torch.Generator(device).manual_seed(seed)
     # a compiled model would be compiled again for every length
     eager = torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext()
-    # sampling needs cumsum, which has no deterministic kernel on GPUs; cuDNN's attention, which is fast in training, takes
-    # some 30 ms to prepare itself for each number of keys
+    # sampling needs cumsum, which has no deterministic kernel on GPUs; cuDNN's attention, which is fast in training,
+    # takes some 30 ms to prepare itself for each number of keys
     if deterministic:
         torch.use_deterministic_algorithms(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
