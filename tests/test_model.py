@@ -11,6 +11,7 @@ from model import (
     ACTIVATIONS,
     GPT,
     GPTConfig,
+    Int8Linear,
     KVCache,
     RMSNorm,
     ShortAttention,
@@ -335,6 +336,14 @@ def test_attend_one_token_equals_sdpa_with_a_mask(n_kv_head):
     mask = torch.arange(12)[None] <= 7
     expected = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(attend_one_token(q, k, v, mask), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_int8_in_float16_does_not_overflow():
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(64, 32, bias=False).half(), torch.zeros(1, 64).half()
+    x[0, 5] = 800
+    y, expected = Int8Linear(linear)(x), linear(x)
+    assert y.isfinite().all() and (y - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 def test_attend_one_token_takes_any_memory_layout(monkeypatch):
