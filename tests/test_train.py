@@ -919,16 +919,18 @@ def test_unreadable_data_stops_the_run_with_a_save(train, tiny_run, monkeypatch,
 
 def test_best_that_could_not_be_written_does_not_count(train, tiny_run, monkeypatch):
     def refuse_best(state, folder, name, keep_previous):
-        if name == BEST and state["iter_num"] < 20:
+        if name == BEST and state["iter_num"] == 10:
             raise OSError(28, "No space left on device")
         save_checkpoint(state, folder, name, keep_previous)
 
+    # losses at steps 0, 5, 10, 15, 20, of one batch of each split
+    losses = (loss for loss in (5.0, 4.0, 3.0, 3.5, 3.6) for _ in ("train", "val"))
+    monkeypatch.setattr("model.sum_losses", lambda model, batches: (next(losses), 1))
     monkeypatch.setattr("model.save_checkpoint", refuse_best)
-    result = train(tiny_run.flags, "--eval_interval=5")
-    assert result.out.count("ckpt_best.pt (") == 3
-    losses = [r["val/loss"] for r in metrics(tiny_run.out) if "val/loss" in r]
-    assert read_checkpoint(tiny_run.out / BEST)["iter_num"] == 20
-    assert read_checkpoint(tiny_run.out / BEST)["best_val_loss"] == losses[-1]
+    result = train(tiny_run.flags, "--eval_interval=5", "--eval_iters=1")
+    assert result.out.count("ckpt_best.pt (") == 1
+    best, latest = (read_checkpoint(tiny_run.out / name) for name in (BEST, LATEST))
+    assert best["iter_num"] == 15 and best["best_val_loss"] == latest["best_val_loss"] == 3.5
 
 
 def test_longer_run_keeps_a_best_that_it_does_not_measure_again(train, tiny_run):
