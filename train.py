@@ -520,10 +520,11 @@ def sample_text():
     # takes some 30 ms to prepare itself for each number of keys
     if deterministic:
         torch.use_deterministic_algorithms(False)
+    uses_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     with eager, autocast:
         ids = raw_model.generate(prompt, 100, temperature=0.8, top_k=200, generator=generator)
-    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cuda.enable_cudnn_sdp(uses_cudnn)
     if deterministic:
         torch.use_deterministic_algorithms(True)
     raw_model.train()
