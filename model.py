@@ -122,17 +122,15 @@ def attention(q, k, v, mask=None, dropout=0.0):
     mask (T, S) is True where a query may attend to a key. None: causal attention with S == T, or one query (T == 1)
     that attends to all S keys.
     """
-    # two cases have faster kernels with equal results (section 11): training on CPUs, and decoding, which has no
-    # dropout; everything else takes the call at the end
+    # two cases have faster kernels with equal results, see section 11: training on CPUs, and decoding one token
     if q.is_cpu and q.requires_grad and mask is None and q.size(2) == k.size(2):
         return train_attention_on_cpu(q, k, v, dropout)
     if q.size(2) == 1 and not q.requires_grad:
         return attend_one_token(q, k, v, mask)
-    group = q.size(1) // k.size(1)  # query heads per key/value head
-    if group > 1 and q.is_cuda and q.dtype != torch.bfloat16:  # PyTorch groups heads in flash attention only
-        k, v, group = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1), 1
-    is_causal = mask is None and bool(q.size(2) > 1)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=is_causal, enable_gqa=group > 1)
+    if q.is_cuda and q.size(1) > k.size(1) and q.dtype != torch.bfloat16:  # only flash attention groups query heads
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    causal = mask is None and bool(q.size(2) > 1)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=q.size(1) > k.size(1))
 
 
 class CausalSelfAttention(nn.Module):
