@@ -80,7 +80,7 @@ if serve:
 
 # device
 device, dtype, device_line = configurator.pick_device(device, dtype)
-torch.backends.cuda.enable_cudnn_sdp(False)  # it takes some 30 ms to prepare itself for each number of keys
+torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN builds a plan for each number of keys, slower than a token
 print(f"device:   {device_line}", file=sys.stderr)
 
 # the newest run, if none is named

@@ -251,7 +251,7 @@ with usage_errors():
     for stream in tokens.values():
         stream.check(block_size, model.config.vocab_size)
 
-# bits per byte and samples need the tokenizer itself; the prompt of the samples
+# the tokenizer, for bits per byte and samples, and the prompt of the samples
 vocab_size = model.config.vocab_size
 tokenizer, prompt = None, None
 if tokenizer_description:
@@ -516,8 +516,8 @@ def sample_text():
     generator = torch.Generator(device).manual_seed(seed)
     # a compiled model would be compiled again for every length
     eager = torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext()
-    # sampling needs cumsum, which has no deterministic kernel on GPUs; cuDNN's attention, which is fast in training,
-    # takes some 30 ms to prepare itself for each number of keys
+    # sampling needs cumsum, which has no deterministic kernel on GPUs; cuDNN's attention builds a plan for each number
+    # of keys, which takes longer than a token
     if deterministic:
         torch.use_deterministic_algorithms(False)
     uses_cudnn = torch.backends.cuda.cudnn_sdp_enabled()

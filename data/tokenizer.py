@@ -78,14 +78,15 @@ class Tokenizer:
 
     @functools.cached_property
     def byte_lengths(self):
-        """The bytes of text per token, (vocab_size,); special tokens have none."""
+        """Return the bytes of text per token, (vocab_size,); special tokens have none."""
         return np.array([0 if i in self.special else len(self.token_bytes(i)) for i in range(self.vocab_size)])
 
     def count_bytes(self, inputs, targets):
-        """Return the bytes of text that targets stand for, each of them the token after its input; -1 has none.
+        """Return how many bytes of text the targets stand for.
 
-        Documents have the same number with every tokenizer that does not change their text: the space that some add
-        before a document, so after `eot` or `bos`, does not count.
+        inputs, targets: arrays of ids of one shape; each target is the token after its input, -1 is none.
+        A text has as many bytes with every tokenizer that does not change it: the space that some add before a
+        document, so after `eot` or `bos`, does not count.
         """
         # the last entry is for targets without a token: -1, and ids that only round up the vocabulary
         lengths = np.append(self.byte_lengths, 0)[np.minimum(targets, self.vocab_size)]
@@ -95,7 +96,7 @@ class Tokenizer:
 
     @functools.cached_property
     def added_bytes(self):
-        """The number of bytes that encode() adds to a text: 1 for a space before it, else 0."""
+        """Return the number of bytes that encode() adds to a text: 1 for a space before it, else 0."""
         try:
             return max(0, int(self.byte_lengths[self.encode("a")].sum()) - len("a"))
         except ValueError:  # it has no token for "a"
