@@ -13,15 +13,13 @@ import collections
 import contextlib
 import functools
 import json
-import os
 import tempfile
 
 import numpy as np
 
-from data.documents import LONGEST, Files, decompress, extension, read_json, read_jsonl
-from data.preparation import State, TokenFiles, begin, finish, fraction, load_tokenizer, make_recipe, read, sha256_of
-from data.shards import FolderLock
-from data.tokenizer import for_terminal, with_chat_template
+from data.documents import LONGEST, READERS, Files, extension, read_text
+from data.preparation import State, TokenFiles, describe, fraction, load_tokenizer, make_recipe, read, write
+from data.tokenizer import for_terminal, library_errors, with_chat_template
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 OPEN = 64  # windows that a conversation may go into; more would leave less padding
@@ -64,37 +62,23 @@ def to_text(content):
     return content.encode("utf-8", "replace").decode() if isinstance(content, str) else None
 
 
-def read_rows(file, column):
-    """Yield all columns of a parquet file, in the terms of data/documents.py."""
-    from pyarrow.parquet import ParquetFile
-
-    number = 0
-    for batch in ParquetFile(file).iter_batches(batch_size=256):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"row {number}", row, 0
-
-
 class Conversations(Files):
     """A corpus of conversations. Its pieces are the messages as JSON."""
 
+    def __init__(self, splits, args):
+        super().__init__(splits, args)
+        self.column = None  # all of them
+
     def texts(self, raw, path):
-        """Yield (messages, True) of each row of an open file, and count rows without any."""
-        readers = {"jsonl": read_jsonl, "ndjson": read_jsonl, "json": read_json, "parquet": read_rows}
-        reader = readers.get(self.format or extension(path))
-        if reader is None:
-            raise ValueError(f"conversations are in jsonl, json or parquet files; use --format={'|'.join(readers)}")
-        file = raw if reader is read_rows else decompress(raw, path)
-        for where, row, size in reader(file, None):
-            self.counts["rows"] += 1
-            self.counts["bytes of rows"] += size
-            try:
-                text = json.dumps(to_messages(row), ensure_ascii=False)
-                if len(text) > LONGEST:
-                    raise ValueError(f"a conversation of more than {LONGEST:,} characters")
-                yield text, True
-            except ValueError as e:
-                self.count_bad_row(None, size, f"{where} of {path}: {e}")
+        if READERS.get(self.format or extension(path), read_text) is read_text:
+            raise ValueError("conversations are in jsonl, json, parquet or csv files; use --format=jsonl")
+        return super().texts(raw, path)
+
+    def text_of(self, row):
+        text = json.dumps(to_messages(row), ensure_ascii=False)
+        if len(text) > LONGEST:
+            raise ValueError(f"a conversation of more than {LONGEST:,} characters")
+        return text
 
 
 # -----------------------------------------------------------------------------
@@ -137,31 +121,24 @@ class ChatTemplate:
         for mark in self.marks:
             if mark in others:
                 raise ValueError(f"a message contains {mark}, which is part of the chat template")
-        try:
+        with library_errors("the chat template refuses the messages"):
             return self.library.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
-        except Exception as e:  # templates raise errors of their own
-            raise ValueError(f"the chat template refuses the messages: {e or type(e).__name__}") from None
 
     def encode(self, text):
         """Return transformers' encoding of a text that the template has rendered."""
-        try:
+        with library_errors("the tokenizer cannot encode the conversation"):
             return self.library(text, add_special_tokens=False, return_offsets_mapping=True)
-        except Exception as e:  # the tokenizers library raises Exception itself
-            raise ValueError(f"the tokenizer cannot encode the conversation: {e}") from None
 
     def prompt(self, messages, length):
         """Return the ids of messages and the beginning of a reply, at most `length`: the oldest turns are dropped."""
         system = [message for message in messages[:1] if message["role"] == "system"]
         turns = messages[len(system) :]
-        while True:
-            ids = self.encode(self.render(system + turns, reply=True))["input_ids"]
+        starts = [0, *(i for i, turn in enumerate(turns) if i > 0 and turn["role"] == "user")]
+        for start in starts:
+            ids = self.encode(self.render(system + turns[start:], reply=True))["input_ids"]
             if len(ids) <= length:
                 return ids
-            # up to the next question
-            later = [i for i, turn in enumerate(turns) if i > 0 and turn["role"] == "user"]
-            if not later:
-                raise ValueError(f"the message has {len(ids):,} tokens, but the context has room for {length:,}")
-            turns = turns[later[0] :]
+        raise ValueError(f"the message has {len(ids):,} tokens, but the context has room for {length:,}")
 
     def encode_conversation(self, messages):
         """Return ids (n,) and the mask (n,) of what is learned: the assistant's turns and their end tokens."""
@@ -186,7 +163,7 @@ class ChatTemplate:
         """Return where turn i, which begins at `start`, ends in a text."""
         content = messages[i]["content"].strip()
         after = max(start, text.find(content, start) + len(content))
-        end = text.find(self.end, after) if self.end else -1
+        end = text.find(self.end, after)
         return end + len(self.end) if end >= 0 else after
 
 
@@ -243,58 +220,38 @@ def encode_all(corpus, args, template, counts):
 def write_conversations(folder, splits, args, source):
     """Write the conversations of Conversations(splits, args) into a dataset folder, which is replaced at the end."""
     corpus = Conversations(splits, args)
-    os.makedirs(folder, exist_ok=True)
-    with FolderLock(folder):
-        recipe = make_recipe(corpus, args) | {"block_size": args.block_size}
-        state = begin(folder, recipe, args.force)
-        if state is None:
-            return
-        if not state.replacing:
-            state = State(recipe)
-            state.save(folder)
-            state.meta = encode(folder, corpus, args) | {"source": source, "recipe": recipe}
-        finish(folder, state)
+    recipe = make_recipe(corpus, args) | {"block_size": args.block_size}
+    write(folder, recipe, args.force, source, functools.partial(encode, folder, corpus, args))
 
 
-def encode(folder, corpus, args):
+def encode(folder, corpus, args, state):
     """Write windows and masks to .tmp files. Return the content of meta.json."""
+    state.save(folder)
     tokenizer = with_chat_template(load_tokenizer(args.tokenizer, functools.partial(contents, corpus, args)))
     template, counts = ChatTemplate(tokenizer), collections.Counter()
     window, padding = args.block_size + 1, tokenizer.eot or 0
-    tokens, masks = {"train": 0, "val": 0}, {"train_mask": 0, "val_mask": 0}
-    files, mask_files = (TokenFiles(folder, tokenizer.vocab_size, 0, n) for n in (tokens, masks))
-    mask_files.dtype = np.dtype("u1")
+    tokens = dict.fromkeys(("train", "val", "train_mask", "val_mask"), 0)
+    files = TokenFiles(folder, tokenizer.vocab_size, 0, tokens)
     for split, conversations in pack(encode_all(corpus, args, template, counts), window):
         ids, mask = (np.concatenate(parts) for parts in zip(*conversations, strict=True))
         counts["learned"] += int(mask.sum())
         counts["padding"] += window - len(ids)
         files.write(split, np.pad(ids, (0, window - len(ids)), constant_values=padding))
-        mask_files.write(f"{split}_mask", np.pad(mask, (0, window - len(mask))))
-    for split in tokens:
+        files.write(f"{split}_mask", np.pad(mask, (0, window - len(mask))))
+    for split in ("train", "val"):
         if not tokens[split]:
             hint = f" (first problem: {corpus.first_bad})" if corpus.first_bad else "; is --val_share right?"
             raise ValueError(f"no conversation with a reply for {split}{hint}")
-    files.sync()
-    mask_files.sync()
 
     # report what was left out, and how much is learned
     left_out = {f"conversations {name}": n for name, n in counts.items() if " " in name or name == "truncated"}
-    left_out |= {"bad rows": corpus.counts["bad rows"]}
+    left_out = {name: n for name, n in (left_out | {"bad rows": corpus.counts["bad rows"]}).items() if n}
     for name, n in left_out.items():
-        if n:
-            print(for_terminal(f"{n:,} {name}" + (f" (first: {corpus.first_bad})" if corpus.first_bad else "")))
-    total = sum(tokens.values())
+        print(for_terminal(f"{n:,} {name}" + (f" (first: {corpus.first_bad})" if corpus.first_bad else "")))
+    total = tokens["train"] + tokens["val"]
     print(f"{counts['learned'] / total:.1%} of the tokens are learned, {counts['padding'] / total:.1%} are padding")
-    all_files = [(f, name, n) for f in (files, mask_files) for name, n in f.sizes().items()]
-    return {
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": files.dtype.name,
-        "tokenizer": tokenizer.description,
-        "block_size": args.block_size,
-        "documents": {split: counts[split] for split in tokens},
-        "left_out": {name: n for name, n in left_out.items() if n},
-        "files": {name: {"tokens": n, "sha256": sha256_of(f.path(name))} for f, name, n in all_files},
-    }
+    documents = {split: counts[split] for split in ("train", "val")}
+    return describe(files, tokenizer, documents, left_out) | {"block_size": args.block_size}
 
 
 def contents(corpus, args, size):

@@ -60,7 +60,6 @@ class Texts:
     def __init__(self, pieces, identity=None):
         self.list = pieces
         self.identity = identity or hashlib.sha256(repr(pieces).encode("utf-8", "replace")).hexdigest()
-        self.bytes_read, self.counts = 0, collections.Counter()
 
     def size(self, first=0):
         return sum(len(piece.text) for piece in self.list)
@@ -156,24 +155,26 @@ class Files:
         for where, row, size in reader(file, self.column):
             self.counts["rows"] += 1
             self.counts["bytes of rows"] += size
-            text = row if isinstance(row, str) else lookup(row, self.column)
-            if not isinstance(text, str):
-                self.count_bad_row(row, size, f"{where} of {path}")
-            elif text:
-                text = text.encode("utf-8", "replace").decode()  # JSON may contain half a surrogate pair
+            try:
+                text = self.text_of(row)
+            except ValueError as e:
+                self.first_bad = self.first_bad or f"{where} of {path}: {e}"
+                self.counts["bad rows"] += 1
+                self.counts["bytes of bad rows"] += size
+                self.check(final=False)
+                continue
+            if text:
                 yield self.edit(text), True
 
-    def count_bad_row(self, row, size, where):
-        """Count a row without text, and describe the first one."""
-        expected = "one JSON object per line, or in csv paired quotes and one field per column"
-        problem = f"cannot parse {where} (expected {expected})"
+    def text_of(self, row):
+        """Return the text of a row. ValueError if it has none."""
+        text = row if isinstance(row, str) else lookup(row, self.column)
+        if isinstance(text, str):
+            return text.encode("utf-8", "replace").decode()  # JSON may contain half a surrogate pair
         if isinstance(row, dict):
             columns = ", ".join(list(row)[:20])
-            problem = f"{where} has no text in column {self.column} (columns: {columns}); use --column=NAME"
-        self.first_bad = self.first_bad or problem
-        self.counts["bad rows"] += 1
-        self.counts["bytes of bad rows"] += size
-        self.check(final=False)
+            raise ValueError(f"no text in column {self.column} (columns: {columns}); use --column=NAME")
+        raise ValueError("not one JSON object per line, or in csv paired quotes and one field per column")
 
     def count_undecodable(self, error):
         """Codec error handler: as errors="replace", but counts the bytes."""
@@ -270,33 +271,31 @@ def read_csv(file, column, delimiters=",;\t|"):
             yield f"line {number}", dict(zip(columns, fields, strict=True)), len("".join(lines).encode())
 
 
-def read_tsv(file, column):
-    return read_csv(file, column, delimiters="\t")
-
-
 def read_parquet(file, column):
+    """Yield the rows with this column, or with all of them if it is None."""
     from pyarrow import binary, types
     from pyarrow.parquet import ParquetFile
 
     table, n = ParquetFile(file, buffer_size=1 << 20), 0
     check_column(column, [leaf.path for leaf in map(table.schema.column, range(len(table.schema)))])
-    for batch in table.iter_batches(batch_size=256, columns=[column]):
-        array = batch.column(0)
-        while types.is_struct(array.type):
-            array = array.flatten()[0]
+    for batch in table.iter_batches(batch_size=256, columns=column and [column]):
         try:
-            texts = array.to_pylist()
+            rows = batch.to_pylist()
         except UnicodeDecodeError:
-            raw = array.cast(binary()).to_pylist()
-            texts = [text if text is None else text.decode("utf-8", "count") for text in raw]
-        for text in texts:
+            if column is None:
+                raise
+            array = batch.column(0)
+            while types.is_struct(array.type):
+                array = array.flatten()[0]
+            rows = [{column: text and text.decode("utf-8", "count")} for text in array.cast(binary()).to_pylist()]
+        for row in rows:
             n += 1
-            yield f"row {n}", {column: text}, 0
+            yield f"row {n}", row, 0
 
 
 READERS = {
     "txt": read_text, "md": read_text, "jsonl": read_jsonl, "ndjson": read_jsonl, "csv": read_csv,
-    "tsv": read_tsv, "parquet": read_parquet, "json": read_json,
+    "tsv": functools.partial(read_csv, delimiters="\t"), "parquet": read_parquet, "json": read_json,
 }  # fmt: skip
 
 
@@ -331,7 +330,7 @@ def lookup(row, column):
 
 
 def check_column(column, columns):
-    if column not in columns:
+    if column not in (None, *columns):
         raise ValueError(f"no column {column} (columns: {', '.join(columns[:20])}); use --column=NAME")
 
 

@@ -29,7 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from data.shards import PREPARING, Dataset, FolderLock, Tokens, read_json, read_meta
+from data.shards import PREPARING, Dataset, FolderLock, read_json, read_meta
 from data.tokenizer import for_terminal, from_description, from_name, with_special_tokens
 
 # -----------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def parse_args(doc, names, defaults):
         default = options[name]
         _, text = OPTIONS.get(name, (None, ""))
         if isinstance(default, list):
-            parser.add_argument(name, nargs="*", help=text)
+            parser.add_argument(name, nargs="+", help=text)
         elif isinstance(default, bool):
             parser.add_argument(f"--{name}", action="store_true", help=text)
         else:
@@ -100,8 +100,6 @@ def parse_args(doc, names, defaults):
     # refuse values without a meaning
     if not 0 < args.val_share < 1:
         fail(f"--val_share={args.val_share} is not between 0 and 1")
-    if not 0 <= args.max_bad <= 1:
-        fail(f"--max_bad={args.max_bad} is not between 0 and 1")
     if args.block_size < 1:
         fail(f"--block_size={args.block_size} is not positive")
     if min(args.num_samples, args.shard_tokens, args.workers) < 0:
@@ -128,8 +126,7 @@ class State:
     documents: dict = dataclasses.field(default_factory=lambda: {"train": 0, "val": 0})  # number written
     tokens: dict = dataclasses.field(default_factory=lambda: {"train": 0, "val": 0})  # number written
     begins: bool = True  # a document begins with the next piece
-    replacing: bool = False  # everything is written, and only has to be renamed
-    meta: dict | None = None  # the content of meta.json, if replacing
+    meta: dict | None = None  # the content of meta.json, once everything is written and only has to be renamed
 
     @classmethod
     def load(cls, folder):
@@ -138,28 +135,30 @@ class State:
             state = cls(**(read_json(os.path.join(folder, PREPARING)) or {}))
         except TypeError:  # other keys
             return None
-        return state if state.replacing or any(state.tokens.values()) else None
+        return state if state.meta or any(state.tokens.values()) else None
 
     def save(self, folder):
         write_json(os.path.join(folder, PREPARING), vars(self))
 
 
 def write_dataset(folder, corpus, args, source):
-    """Tokenize the documents of a corpus, Texts or Files, into a dataset folder.
+    """Tokenize the documents of a corpus, Texts or Files, into a dataset folder."""
+    write(folder, make_recipe(corpus, args), args.force, source, functools.partial(encode, folder, corpus, args))
+
+
+def write(folder, recipe, force, source, encode):
+    """Write a dataset folder. encode(state) writes .tmp files and returns what meta.json says about them.
 
     The previous dataset stays until the new one is complete. The same call resumes after an interruption.
-    Raises ValueError if the folder contains another dataset and args.force is not set.
+    Raises ValueError if the folder contains another dataset and `force` is not set.
     """
     os.makedirs(folder, exist_ok=True)
     with FolderLock(folder):
-        state = begin(folder, make_recipe(corpus, args), args.force)
+        state = begin(folder, recipe, force)
         if state is None:
             return
-        if not state.replacing:
-            state.meta = encode(folder, corpus, args, state) | {"source": source, "recipe": state.recipe}
-            for name, n in state.meta["left_out"].items():
-                hint = f" (first: {corpus.first_bad})" if name == "bad rows" else ""
-                print(for_terminal(f"{BAD[name]}: {n:,} {name}{hint}"))
+        if state.meta is None:
+            state.meta = encode(state) | {"source": source, "recipe": recipe}
         finish(folder, state)
 
 
@@ -190,7 +189,7 @@ def begin(folder, recipe, force):
         changed = ["other input" if option.startswith("--inputs") else option for option in changed]
         how = f"prepared with {', '.join(changed)}" if changed else "from another program"
         raise ValueError(f"{folder} already contains a dataset {how}; use --force to overwrite")
-    if state and state.replacing:
+    if state and state.meta:
         remove_others(folder, ())  # it is a mix of two datasets
 
     # do nothing if the dataset is complete and intact
@@ -206,7 +205,6 @@ def begin(folder, recipe, force):
 
 def finish(folder, state):
     """Rename the .tmp files that state.meta lists, and write meta.json. The next call finishes an interrupted one."""
-    state.replacing = True
     state.save(folder)
     files = state.meta["files"]
     for name in files:
@@ -272,7 +270,7 @@ def split_of(text, val_share):
 def read_after(corpus, state, limit):
     """Yield (piece, position) after `state`, until there are `limit` documents.
 
-    position: part, pieces and counts of the state that goes on after this piece
+    position: {name: value} of the State that goes on after this piece
     """
     corpus.bytes_read, corpus.counts = 0, collections.Counter(state.counts)
     documents, done = sum(state.documents.values()), state.pieces
@@ -280,7 +278,7 @@ def read_after(corpus, state, limit):
         counts = dict(corpus.counts)
         for n, piece in enumerate(corpus.pieces(part), 1):
             if n > done:
-                yield piece, (part, n, counts)
+                yield piece, {"part": part, "pieces": n, "counts": counts}
                 documents += piece.ends
             if n >= done and documents >= limit:  # a resumed call stops here too
                 return
@@ -308,28 +306,29 @@ def border_of(text, val_share):
     return space if space > 0 else border
 
 
-def batches(pieces, begins=True):
+def batches(pieces, state):
     """Group what read() yields into (position, [(piece, split, whether a document begins, splits where it ends)])."""
-    batch, size = [], 0
+    batch, size, begins, documents = [], 0, state.begins, collections.Counter(state.documents)
     for (piece, split, position), following in itertools.pairwise(itertools.chain(pieces, [None])):
         ends = [split] if piece.ends else []
         if split == "both":  # the part for training is not the end, but separates it from what follows
             ends = ["train", "val"] if following else ["val"]
         batch.append((piece, split, begins, ends))
         begins = bool(ends)
+        documents["train" if split == "both" else split] += piece.ends
         size += len(piece.text)
         if size >= BATCH or following is None:
-            yield (*position, begins), batch
+            yield position | {"begins": begins, "documents": dict(documents)}, batch
             batch, size = [], 0
 
 
 def encode_batch(tokenizer, lengths, val_share, item):
-    """Return {split: ids (n,)} of what batches() yields.
+    """Return (position, {split: ids (n,)}) of what batches() yields.
 
     A document in both splits is tokenized whole, and its ids are cut where as many bytes follow as in the text.
     lengths: bytes per token (vocab_size,)
     """
-    _, batch = item
+    position, batch = item
     begin = [] if tokenizer.special_tokens is None else tokenizer.bos  # an older version went on without it
     end = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
     parts = collections.defaultdict(list)
@@ -342,20 +341,17 @@ def encode_batch(tokenizer, lengths, val_share, item):
             ids_of = {"train": ids[: len(ids) - n_val], "val": ids[len(ids) - n_val :]}
         for i, name in enumerate(ids_of):
             parts[name] += [begin if begins and i == 0 else [], ids_of[name], end if name in ends else []]
-    return {split: np.concatenate(ids).astype(np.int64) for split, ids in parts.items()}
+    return position, {split: np.concatenate(ids).astype(np.int64) for split, ids in parts.items()}
 
 
 def in_order(function, items, workers):
-    """Yield (item, function(item)) in order, while threads work on the next items."""
+    """Yield function(item) in order, while threads work on the next items."""
     with ThreadPoolExecutor(workers) as pool:
-        waiting = collections.deque()
-        for item in items:
-            waiting.append((item, pool.submit(function, item)))
-            if len(waiting) > 2 * workers:
-                item, future = waiting.popleft()
-                yield item, future.result()
-        for item, future in waiting:
-            yield item, future.result()
+        futures = (pool.submit(function, item) for item in items)
+        waiting = collections.deque(itertools.islice(futures, 2 * workers))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(itertools.islice(futures, 1))
 
 
 # -----------------------------------------------------------------------------
@@ -368,9 +364,8 @@ WORD = 1 << 12  # characters of the longest word to learn from; a million would 
 
 def load_tokenizer(name, texts=None):
     """As from_name() of tokenizer.py, but `name` can be a dataset folder too."""
-    if any(os.path.exists(os.path.join(name, file)) for file in ("meta.json", "meta.pkl")):
-        return from_description(read_meta(name).get("tokenizer"))
-    return from_name(name, texts)
+    meta = read_meta(name)
+    return from_description(meta.get("tokenizer")) if meta else from_name(name, texts)
 
 
 def sample_texts(corpus, args, size):
@@ -414,15 +409,23 @@ def encode(folder, corpus, args, state):
         return encode(folder, corpus, args, State(state.recipe))
     write_documents(corpus, args, state, tokenizer, files)
     check_splits(corpus, args, state, files)
-    files.sync()
 
-    # describe them
+    left_out = {name: corpus.counts[name] for name in BAD if corpus.counts[name]}
+    for name, n in left_out.items():
+        hint = f" (first: {corpus.first_bad})" if name == "bad rows" else ""
+        print(for_terminal(f"{BAD[name]}: {n:,} {name}{hint}"))
+    return describe(files, tokenizer, state.documents, left_out)
+
+
+def describe(files, tokenizer, documents, left_out):
+    """Return what meta.json says about finished TokenFiles."""
+    files.sync()
     return {
         "vocab_size": tokenizer.vocab_size,
         "dtype": files.dtype.name,
-        "tokenizer": state.tokenizer,
-        "documents": state.documents,
-        "left_out": {name: corpus.counts[name] for name in BAD if corpus.counts[name]},
+        "tokenizer": tokenizer.description,
+        "documents": documents,
+        "left_out": left_out,
         "files": {name: {"tokens": n, "sha256": sha256_of(files.path(name))} for name, n in files.sizes().items()},
     }
 
@@ -453,13 +456,10 @@ def write_documents(corpus, args, state, tokenizer, files):
     state.save(files.folder)
     saved = time.monotonic()
     with contextlib.closing(read(corpus, args, state, "preparing")) as pieces:
-        for item, ids in in_order(tokenize, batches(pieces, state.begins), args.workers or cores):
+        for position, ids in in_order(tokenize, batches(pieces, state), args.workers or cores):
             for split in ids:
                 files.write(split, ids[split])
-            position, batch = item
-            state.part, state.pieces, state.counts, state.begins = position
-            for piece, split, *_ in batch:
-                state.documents["train" if split == "both" else split] += piece.ends
+            vars(state).update(position)
             if time.monotonic() - saved > SAVE_EVERY:
                 files.sync()
                 state.save(files.folder)
@@ -476,7 +476,6 @@ class TokenFiles:
         self.folder, self.tokens = folder, tokens
         self.sharded, self.longest = shard_tokens > 0, shard_tokens or 2**62
         self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-        self.unsynced = set()  # paths written since the last sync()
 
     def name(self, split, i):
         return f"{split}_{i:06d}.bin" if self.sharded else f"{split}.bin"
@@ -503,34 +502,24 @@ class TokenFiles:
 
     def write(self, split, ids):
         """Append ids (n,) to a split."""
-        ids = np.ascontiguousarray(ids, self.dtype)
+        ids = np.ascontiguousarray(ids, "u1" if split.endswith("_mask") else self.dtype)
         while ids.size:
             i, offset = divmod(self.tokens[split], self.longest)
             part, ids = np.split(ids, [self.longest - offset])
-            path = self.path(self.name(split, i))
-            with open(path, "ab" if offset else "wb") as f:
+            with open(self.path(self.name(split, i)), "ab" if offset else "wb") as f:
                 f.write(part)
-            self.unsynced.add(path)
             self.tokens[split] += part.size
 
     def sync(self):
         """Wait until everything is on the disk."""
-        for path in self.unsynced:
-            with open(path, "ab") as f:
+        for name in self.sizes():
+            with open(self.path(name), "ab") as f:
                 os.fsync(f.fileno())
-        self.unsynced.clear()
 
     def split_last_tenth(self):
         """Move the last 10 % of the tokens to val, if only one split has any. After a kill, recover() may fail."""
-        self.sync()
-        for name in self.sizes():
-            os.replace(self.path(name), self.path(name.replace("val", "train")))
-        n = sum(self.tokens.values())
-        self.tokens.update(train=n, val=0)
-        train = Tokens({self.path(name): (self.dtype, 0, size) for name, size in self.sizes().items()})
-        start = max(1, n * 9 // 10)
-        for i in range(start, n, 1 << 20):
-            self.write("val", train.read(i, min(1 << 20, n - i)))
-        self.tokens["train"] = start
-        self.sync()
-        self.recover()
+        ids = np.concatenate([np.fromfile(self.path(name), self.dtype) for name in self.sizes()])
+        start = max(1, len(ids) * 9 // 10)
+        self.tokens.update(train=0, val=0)
+        self.write("train", ids[:start])
+        self.write("val", ids[start:])

@@ -69,7 +69,7 @@ class Dataset:
         # is there a complete dataset?
         names = glob.glob("*.bin", root_dir=folder)
         unfinished = read_json(os.path.join(folder, PREPARING))
-        if unfinished is not None and (not names or unfinished.get("replacing")):
+        if unfinished is not None and (not names or unfinished.get("meta")):
             raise FileNotFoundError(f"{folder} is not finished: run the command that prepares it again")
         if not names:
             raise FileNotFoundError(f"no dataset in {folder}; {self.remedy}")

@@ -40,6 +40,12 @@ BPE_SAMPLE = 1 << 28  # bytes of text that a vocabulary is learned from; more wo
 # GPT-2's words, whose borders no token crosses (https://github.com/openai/gpt-2, src/encoder.py; ++ is only faster)
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
+# {character: byte}: byte-level tokenizers write printable bytes as themselves, the others as U+0100, U+0101, ...
+# (GPT-2's src/encoder.py). Example: BYTES["A"] is 65, BYTES["\u0120"] is 32, the space
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHERS = [b for b in range(256) if b not in PRINTABLE]
+BYTES = {chr(b): b for b in PRINTABLE} | {chr(256 + i): b for i, b in enumerate(OTHERS)}
+
 
 class Tokenizer:
     """What all kinds have in common. Each of them adds:
@@ -185,21 +191,16 @@ class TiktokenTokenizer(Tokenizer):
     def special(self):
         return set(self.encoding._special_tokens.values())
 
-    def encode(self, text):
-        recognized = "all" if self.special_tokens else {"<|endoftext|>"}
-        return np.array(self.encoding.encode(text, allowed_special=recognized, disallowed_special=()))
-
-    def encode_documents(self, texts):
-        return [self.encode_document(text) for text in texts]
-
-    def encode_document(self, text):
-        """Return the ids of a text, in two halves if it is too long to encode."""
+    def encode(self, text, recognized=("<|endoftext|>",)):
+        special = "all" if self.special_tokens else set(recognized)
         try:
-            recognized = "all" if self.special_tokens else set()
-            return self.encoding.encode_to_numpy(text, allowed_special=recognized, disallowed_special=())
+            return self.encoding.encode_to_numpy(text, allowed_special=special, disallowed_special=())
         except ValueError:  # its regular expressions cannot match a million spaces
             middle = len(text) // 2
-            return np.concatenate([self.encode_document(text[:middle]), self.encode_document(text[middle:])])
+            return np.concatenate([self.encode(half, recognized) for half in (text[:middle], text[middle:])])
+
+    def encode_documents(self, texts):
+        return [self.encode(text, recognized=()) for text in texts]
 
     def token_bytes(self, i):
         try:
@@ -221,7 +222,7 @@ class TiktokenTokenizer(Tokenizer):
 class BytePairTokenizer(TiktokenTokenizer):
     """A byte-pair encoding learned from text, and tiktoken as its encoder. ValueError if the vocabulary is corrupt.
 
-    tokens: the tokens in the order in which they were learned, their bytes written in byte_alphabet(). The next id is
+    tokens: the tokens in the order in which they were learned, their bytes written as in BYTES. The next id is
     <|endoftext|>.
     """
 
@@ -242,14 +243,12 @@ class BytePairTokenizer(TiktokenTokenizer):
     @classmethod
     def train(cls, vocab_size, texts):
         """Learn at most vocab_size tokens, including <|endoftext|>, from an iterable of texts."""
-        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
         if not 257 <= vocab_size <= 10**6:
             raise ValueError(f"bpe:{vocab_size}: the size must be from 257 (bytes and end of text) to 1000000")
         tokenizer = Tokenizer(models.BPE())
-        words = pre_tokenizers.Split(Regex(WORDS), "isolated")
-        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, to_bytes])
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # splits into GPT-2's words
         trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=sorted(BYTES), show_progress=False)
         tokenizer.train_from_iterator(texts, trainer)
         vocab = tokenizer.get_vocab()
@@ -443,20 +442,6 @@ def library_errors(problem):
         raise
     except BaseException as e:
         raise ValueError(f"{problem}: {e}") from None
-
-
-def byte_alphabet():
-    r"""Return {character: byte}, with which byte-level tokenizers write each byte as a printable character.
-
-    Printable bytes are written as themselves, the others as U+0100, U+0101, ... (GPT-2's src/encoder.py).
-    Example: byte_alphabet()["A"] -> 65, byte_alphabet()["\u0120"] -> 32, the space
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-BYTES = byte_alphabet()
 
 
 def piece_bytes(piece):

@@ -237,7 +237,7 @@ def test_killed_prepare_script_leaves_the_dataset_before(questions, tmp_path, st
     before = (folder / "train.bin").read_bytes()
     code = (
         "from conftest import options; from data.conversations import write_conversations;"
-        "import data.conversations as c; import time; c.sha256_of = lambda path: time.sleep(60);"
+        "import data.preparation as c; import time; c.sha256_of = lambda path: time.sleep(60);"
         f"write_conversations({str(folder)!r}, {{None: [{str(questions.path)!r}]}},"
         " options(tokenizer='char', block_size=80, force=True), 'x')"
     )

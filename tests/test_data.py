@@ -281,7 +281,7 @@ def test_meta_pkl_that_is_corrupt_or_hostile_is_refused(tmp_path):
         ("train.bin", b"abc", "3 bytes, not a multiple of 2; prepare the dataset"),
         ("train.bin", b"ab" * 10, "10 tokens instead of 4,400"),
         ("train.bin", None, "no train.bin in"),
-        ("preparing.json", b'{"replacing": true}', "is not finished"),
+        ("preparing.json", b'{"meta": {"files": {}}}', "is not finished"),
         ("meta.json", b"{", "corrupt"),
         ("meta.json", b'{"vocab_size": 0, "dtype": "uint16"}', "corrupt"),
         ("meta.json", b'{"vocab_size": "many", "dtype": "uint16"}', "corrupt"),

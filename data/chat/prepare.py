@@ -33,8 +33,6 @@ from data.preparation import prepare_script  # noqa: E402
 if __name__ == "__main__":
     flags = ("inputs", "val", "tokenizer", "block_size", "format", "val_share", "num_samples", "max_bad")
     with prepare_script(__doc__, *flags, name="chat") as args:
-        if not args.inputs:
-            raise ValueError("no input; use python data/chat/prepare.py conversations.jsonl, or see --help")
         folder = os.path.join(os.path.dirname(here), args.name)
         splits = {"train": args.inputs, "val": [args.val]} if args.val else {None: args.inputs}
         write_conversations(folder, splits, args, source=" ".join(args.inputs))

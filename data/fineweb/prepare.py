@@ -13,6 +13,7 @@ Otherwise streams the 10-billion-token sample of HuggingFaceFW/fineweb, 15 parqu
 pages, one in 2,000 for validation. Expect about 10 billion tokens, 20 GB.
 """
 
+import functools
 import os
 import shutil
 import sys
@@ -23,31 +24,22 @@ from tqdm import tqdm
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, "..", ".."))
 from data.documents import Files  # noqa: E402
-from data.preparation import CORPUS, begin, finish, prepare_script, sha256_of, write_dataset  # noqa: E402
-from data.shards import FolderLock  # noqa: E402
+from data.preparation import CORPUS, prepare_script, sha256_of, write, write_dataset  # noqa: E402
+from data.tokenizer import GPT2  # noqa: E402
 
 HUB = "hf://datasets/HuggingFaceFW/fineweb/sample/10BT/*.parquet"
 READY = "kjj0/fineweb10B-gpt2"
 DOWNLOADS = os.path.join(here, ".download")
 
 
-def fetch_tokens(count, force):
-    """Download token files: one for validation and `count` for training."""
+def fetch_tokens(count, state):
+    """Download token files: one for validation and `count` for training. Return the content of meta.json."""
+    state.save(here)
     names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1))]
-    recipe = {"repository": READY, "files": count}
-    with FolderLock(here):
-        state = begin(here, recipe, force)
-        if state is None:
-            return
-        state.save(here)
-        files = {}
-        for name in tqdm(names, desc="downloading", unit=" files"):
-            files[name] = fetch(name)
-        tokenizer = {"kind": "tiktoken", "name": "gpt2"}
-        state.meta = {"vocab_size": 50257, "dtype": "uint16", "tokenizer": tokenizer, "source": READY, "files": files}
-        state.meta["recipe"] = recipe
-        finish(here, state)
-        shutil.rmtree(DOWNLOADS, ignore_errors=True)
+    files = {}
+    for name in tqdm(names, desc="downloading", unit=" files"):
+        files[name] = fetch(name)
+    return {"vocab_size": 50257, "dtype": "uint16", "tokenizer": GPT2, "files": files}
 
 
 def fetch(name):
@@ -76,4 +68,6 @@ if __name__ == "__main__":
         elif args.input or args.num_samples or args.shard_tokens or args.tokenizer != "gpt2":
             raise ValueError("--pretokenized has GPT-2 tokens and takes no options except --files and --force")
         else:
-            fetch_tokens(args.files, args.force)
+            recipe = {"repository": READY, "files": args.files}
+            write(here, recipe, args.force, READY, functools.partial(fetch_tokens, args.files))
+            shutil.rmtree(DOWNLOADS, ignore_errors=True)

@@ -32,8 +32,6 @@ from data.preparation import CORPUS, prepare_script, write_dataset  # noqa: E402
 
 if __name__ == "__main__":
     with prepare_script(__doc__, "inputs", "val", "name", "format", *CORPUS) as args:
-        if not args.inputs:
-            raise ValueError("no input; use python data/text/prepare.py book.txt, or see --help")
         if args.val and args.num_samples:
             raise ValueError("--num_samples needs documents of one kind; use it without --val")
         folder = os.path.join(os.path.dirname(here), args.name)
