@@ -23,9 +23,7 @@ import shlex
 import shutil
 import signal
 import sys
-import textwrap
 import time
-import tokenize
 
 # OpenMP threads that wait spin only briefly (variable of libgomp): beside one busy process, the default makes training
 # and generation 10 to 50 times slower. Generation waits between all products, and waking its threads up takes longer
@@ -45,7 +43,7 @@ if interruptible:
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from data.tokenizer import for_terminal  # noqa: E402
+from data.tokenizer import as_value_error, for_terminal  # noqa: E402
 
 if interruptible:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -69,10 +67,11 @@ def fail(message):
 
 
 @contextlib.contextmanager
-def usage_errors():
-    """Turn errors about input and memory into fail()'s one line."""
+def usage_errors(problem=""):
+    """Turn errors about input and memory into fail()'s one line; with `problem`, all errors, and it comes first."""
     try:
-        yield
+        with as_value_error(problem) if problem else contextlib.nullcontext():
+            yield
     except (ValueError, OSError, RuntimeError, MemoryError, OverflowError) as e:
         is_file_error = isinstance(e, OSError) and e.filename
         fail(f"{e.strerror}: {e.filename}" if is_file_error else first_line(e))
@@ -122,7 +121,7 @@ SYNONYMS = {
     "data": "dataset", "prompt": "start sample_prompt", "length": "max_new_tokens block_size",
 }  # fmt: skip
 # environment variables that change defaults
-ENVIRONMENT = {"WANDB_PROJECT": "wandb_project", "SAVE_INTERVAL": "save_interval", "MIXED_PRECISION": "dtype"}
+ENVIRONMENT = {"wandb_project": "WANDB_PROJECT", "save_interval": "SAVE_INTERVAL", "dtype": "MIXED_PRECISION"}
 MIXED_PRECISION = {"true": "auto", "false": "float32", "no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -160,10 +159,7 @@ def configure(script):
     # say what differs from the defaults
     changed = [f"{k}={v!r}" for k, v in settings.items() if k in explicit and v != defaults[k]]
     if changed and os.environ.get("RANK", "0") == "0":
-        line = f"settings: {', '.join(changed)}"
-        if sys.stderr.isatty():
-            line = textwrap.fill(line, shutil.get_terminal_size().columns, subsequent_indent=" " * 10)
-        print(line, file=sys.stderr)
+        print(f"settings: {', '.join(changed)}", file=sys.stderr)
     return settings, explicit
 
 
@@ -179,14 +175,12 @@ def repair_streams():
 def read_environment(defaults):
     """Return {setting: value} for the ENVIRONMENT variables that are set."""
     values = {}
-    for variable, key in ENVIRONMENT.items():
+    for key, variable in ENVIRONMENT.items():
         text = os.environ.get(variable, "").strip()
         if not text or key not in defaults:
             continue
         if key == "dtype":
-            if text.lower() not in MIXED_PRECISION:
-                fail(f"MIXED_PRECISION must be one of {', '.join(MIXED_PRECISION)}, got {text!r}")
-            text = MIXED_PRECISION[text.lower()]
+            text = MIXED_PRECISION.get(text.lower(), text)
         values[key] = convert(key, parse(text, defaults[key]), defaults[key], variable)
     return values
 
@@ -301,7 +295,7 @@ def read_config(path, namespace, defaults):
     # compare: a function with `global` changes a value without an assignment that is recorded
     changed = {name for name in defaults if after.get(name) is not namespace[name]} | after.assigned
     train_settings = setting_lines(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
-    for name in sorted(changed - defaults.keys() - train_settings.keys()):
+    for name in sorted(changed - defaults.keys() - {name for name, *_ in train_settings}):
         is_variable = isinstance(after.get(name), (int, float, str)) and not name.startswith("_")
         near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.75)
         if is_variable and near:
@@ -325,14 +319,14 @@ def config_hint(path, defaults):
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
-def inherit(settings, given, saved, source):
-    """Take over the settings of a checkpoint, except those given; returns the changes as "name old -> new"."""
-    # nanoGPT's checkpoints have settings that are unknown here
-    saved = {k: v for k, v in saved.items() if k in settings and type(v) in (int, float, bool, str)}
-    for name in saved.keys() - given:
+def inherit(settings, explicit, saved, source):
+    """Take over the settings of a checkpoint, except explicit ones; returns the changes as "name old -> new"."""
+    # not those of a single start; nanoGPT's checkpoints have settings that are unknown here
+    names = settings.keys() - {"init_from", "out_dir", "device", "backend", "eval_only"}
+    saved = {k: v for k, v in saved.items() if k in names and type(v) in (int, float, bool, str)}
+    for name in saved.keys() - explicit:
         settings[name] = convert(name, saved[name], settings[name], source)
-    ignored = {"init_from", "out_dir", "device", "backend", "eval_only"}
-    changed = [name for name in sorted(saved.keys() - ignored) if saved[name] != settings[name]]
+    changed = [name for name in sorted(saved) if saved[name] != settings[name]]
     return [f"{name} {saved[name]} -> {settings[name]}" for name in changed]
 
 
@@ -367,42 +361,27 @@ def match_model(settings, explicit, model_fields, init_from):
 
 
 def setting_lines(path):
-    """Return {name: (line number, default as written)} of the settings at the top of a script."""
+    """Return the settings at the top of a script, and the titles between them: [(name, default, comment, title)].
+
+    They are the lines `name = default  # comment` and `# title` before the last rule (# ---) above configure().
+    """
     with open(path, encoding="utf-8") as f:
-        source = f.read()
-    lines = source.encode().split(b"\n")
-    found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-            break  # the call of configure()
-        if isinstance(node, ast.Assign):
-            default = lines[node.lineno - 1][node.value.col_offset : node.value.end_col_offset]
-            found[node.targets[0].id] = (node.lineno, default.decode())
-    return found
+        top = f.read().partition(" = configure(")[0].rpartition("# ---")[0]
+    # a comment below a rule is the title of the section
+    return re.findall(r"^(?:(\w+) = (.+?)(?:  # (.*))?|(?<!-\n)# (\w.*))$", top, re.MULTILINE)
 
 
 def print_help(script, settings):
     """Print the script's docstring, its settings with their defaults and comments, and the config files."""
     exit_quietly_on_closed_pipe()
-    # the comments and defaults, by line number
-    with open(script["__file__"], "rb") as f:
-        comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.tokenize(f.readline) if t.string[:1] == "#"}
-    lines = setting_lines(script["__file__"])
-    flags = {number: f"  --{name}={default}" for name, (number, default) in lines.items()}
-    # settings whose defaults come from the environment
-    for variable, key in ENVIRONMENT.items():
-        if key in lines:
-            number, value = lines[key][0], os.environ.get(variable, "").strip()
-            flags[number] = f"  --{key}={settings[key]!r}" if value else flags[number]
-            comments[number] = f"{comments.get(number, '')} [env: {variable}{'=' + value if value else ''}]"
-
-    # in the order of the source, with the comments between them as titles
     print((script["__doc__"] or "").strip() + "\n\nsettings:")
-    for number in range(min(flags) - 1, max(flags) + 1):
-        if number in flags:
-            print(f"{flags[number]:<42} {comments.get(number, '')}".rstrip())
-        elif comments.get(number, "").strip("-"):
-            print(f"\n{comments[number]}")
+    for name, default, comment, title in setting_lines(script["__file__"]):
+        if name in ENVIRONMENT:
+            value = os.environ.get(ENVIRONMENT[name], "").strip()
+            default = repr(settings[name]) if value else default
+            comment += f" [env: {ENVIRONMENT[name]}{'=' + value if value else ''}]"
+        flag = f"  --{name}={default}"
+        print(f"\n{title}" if title else f"{flag:<42} {comment}".rstrip())
 
     print("\nconfig files:")
     for path in sorted(glob.glob("config/*.py")):
@@ -421,8 +400,7 @@ def pick_device(device="auto", dtype="auto", tuned=True):
     Returns (device, dtype, a line that says what was picked and why). device: cuda, cuda:1, mps or cpu; dtype: of
     matrix products. tuned=False leaves the memory allocator as it is, to measure other programs.
     """
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        fail(f"--dtype must be one of auto, float32, bfloat16, float16, got {dtype}")
+    check_choice({"dtype": dtype}, "dtype", "auto", "float32", "bfloat16", "float16")
     # torchrun gives each process on a node a GPU of its own
     if device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -503,10 +481,8 @@ def read_ranks():
     """Return (rank, local rank, world size) as torchrun sets them; (0, 0, 1) without torchrun."""
     if "RANK" not in os.environ:
         return 0, 0, 1
-    try:
+    with usage_errors("RANK is set, but LOCAL_RANK or WORLD_SIZE is not (use torchrun, or unset RANK)"):
         return tuple(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    except (KeyError, ValueError) as e:
-        fail(f"RANK is set, but LOCAL_RANK or WORLD_SIZE is not ({e}): use torchrun, or unset RANK")
 
 
 def join_processes(device, backend, timeout):
@@ -522,7 +498,7 @@ def join_processes(device, backend, timeout):
     fresh_store = one_node or env("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
     if env("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not fresh_store:
         fail("--max-restarts on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on each")
-    try:
+    with usage_errors("cannot initialize the process group (set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME)"):
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
         if one_node:
             store = dist.PrefixStore(f"restart {env('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -530,8 +506,6 @@ def join_processes(device, backend, timeout):
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
         )
-    except (RuntimeError, ValueError, OSError) as e:
-        fail(f"cannot initialize the process group ({first_line(e)}): set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME")
     name_missing_ranks(store, rank, world_size)
 
 

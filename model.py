@@ -554,14 +554,8 @@ def shard_model(model, device_type, dtype):
 
 def enable_gradient_checkpointing(model):
     """Recompute each block in the backward pass: less memory, a third more time."""
-
-    def forward(block_forward, *args):
-        if not torch.is_grad_enabled():
-            return block_forward(*args)
-        return recompute(block_forward, *args, use_reentrant=False)
-
     for block in model.transformer.h:
-        block.forward = functools.partial(forward, block.forward)
+        block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
 
 
 @torch.no_grad()
@@ -668,33 +662,32 @@ def from_checkpoint(checkpoint, **override):
 
     ValueError names every weight that is missing, unexpected or of another shape.
     """
-    # rope_scaling was Llama 3.1's four numbers, once; an unknown field raises TypeError
-    fields = checkpoint["model_args"] | override
-    if isinstance(fields.get("rope_scaling"), tuple):
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        fields["rope_scaling"] = {"rope_type": "llama3"} | dict(zip(names, fields["rope_scaling"], strict=True))
     try:
-        config = GPTConfig(**fields)
-    except TypeError as e:
+        config = GPTConfig(**checkpoint["model_args"] | override)
+    except TypeError as e:  # an unknown field
         raise ValueError(f"invalid model_args in the checkpoint: {e}") from None
     # torch.compile and DDP prefix the names; old GPT-2 checkpoints contain attention masks
     weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in checkpoint["model"].items()}
     weights = {k: v for k, v in weights.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
-    weights = {k: torch.empty(v.shape).copy_(v) for k, v in weights.items()}  # v may be mapped from the file
 
-    # on the meta device, initialization takes no memory and no time
-    with torch.device("meta"):
-        model = GPT(config)
+    model = empty_model(config)
     load_weights(model, weights)
-    model.tie_weights()
     model.hub = checkpoint.get("hub")
-    return model.requires_grad_(True)
+    return model
 
 
-def load_weights(model, weights, **options):
+def empty_model(config):
+    """Build a model without initializing its weights, which takes time."""
+    with torch.device("meta"):
+        model = GPT(config).to_empty(device="cpu")
+    model.tie_weights()
+    return model
+
+
+def load_weights(model, weights):
     """Load a state_dict; ValueError names the tensors that are missing, unexpected or of another shape."""
     try:
-        return model.load_state_dict(weights, assign=True, **options)
+        model.load_state_dict(weights)
     except RuntimeError as e:
         lines = str(e).replace("\t", " ").split("\n")[1:5]
         raise ValueError(f"the weights do not fit the model: {' '.join(lines)}") from None
@@ -802,18 +795,13 @@ def from_pretrained(name, override_args=None):
     del hf
 
     # move the tensors over one by one, so that no more than one is in memory twice; biases that it lacks become 0
-    with torch.device("meta"):
-        model = GPT(config)
-    weights = {}
+    model = empty_model(config)
     for key, weight in model.state_dict().items():
-        weights[key] = torch.zeros(weight.shape)
-        for hf_name, part in hf_parts(key, weights[key], config):
+        for hf_name, part in hf_parts(key, weight.zero_(), config):
             if hf_name in hf_weights:
                 part.copy_(hf_weights[hf_name] if config.tied else hf_weights.pop(hf_name))
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
     model.hub = hub
-    return model.requires_grad_(True)
+    return model
 
 
 def load_hf_model(name):
@@ -854,51 +842,45 @@ def save_pretrained(model, folder, eot=None, vocab_size=None, end_ids=()):
     """
     import transformers
 
-    # an empty model of transformers, filled with views of our weights
+    # a model of transformers without weights
     transformers.utils.logging.disable_progress_bar()
-    config, hub = model.config, model.hub or {}
-    if vocab_size and not hub and round_vocab_size(vocab_size) == config.vocab_size:
+    config, ids = model.config, dict(bos_token_id=eot, eos_token_id=eot)
+    hub = model.hub or dict(config=ids, generation_config=ids)
+    if vocab_size and not model.hub and round_vocab_size(vocab_size) == config.vocab_size:
         config = replace(config, vocab_size=vocab_size)
-    hf_config = to_hf_config(config, eot, hub.get("config"))
+    hf_config = to_hf_config(config, hub["config"])
     with torch.device("meta"):
-        hf = transformers.AutoModelForCausalLM.from_config(hf_config)
-    # views of the weights under transformers' names
-    weights = {}
+        hf = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=model.lm_head.weight.dtype)
+    # views of our weights under its names; biases are not optional in transformers' GPT-2
+    weights = {name: torch.zeros_like(weight, device="cpu") for name, weight in hf.state_dict().items()}
     for key, weight in model.state_dict().items():
         if key in ("transformer.wte.weight", "lm_head.weight"):
             weight = weight[: config.vocab_size]
         weights.update((name, part.contiguous()) for name, part in hf_parts(key, weight, config))
-    for name, weight in hf.state_dict().items():  # biases are not optional in transformers' GPT-2
-        weights.setdefault(name, torch.zeros(weight.shape, dtype=model.lm_head.weight.dtype))
-    # transformers writes safetensors and config.json
-    hf.load_state_dict(weights, assign=True)
-    hf.tie_weights()
-    hf.generation_config = transformers.GenerationConfig()
-    hf.save_pretrained(folder)
+    hf.generation_config = transformers.GenerationConfig()  # a published one may not pass the checks of saving
+    hf.save_pretrained(folder, state_dict=weights)  # safetensors and config.json
 
-    generation = hub.get("generation_config") or dict(bos_token_id=eot, eos_token_id=eot)
+    generation = hub["generation_config"]
     if end_ids:
         generation = generation | dict(eos_token_id=list(end_ids))
-    complete_export(folder, config, generation)
+    complete_export(folder, hf.config, generation)
 
 
-def complete_export(folder, config, generation):
+def complete_export(folder, hf_config, generation):
     """Write generation_config.json, and the field names that older readers expect in config.json."""
     # llama.cpp, and transformers before version 5
-    path = os.path.join(folder, "config.json")
-    with open(path, encoding="utf-8") as f:
-        values = json.load(f)
-    if config.position == "learned":
-        values["n_ctx"] = config.block_size
+    values = json.loads(hf_config.to_json_string())
+    if hf_config.model_type == "gpt2":
+        values["n_ctx"] = hf_config.n_positions
     else:
-        rope = values["rope_parameters"]
-        values |= dict(rope_theta=rope["rope_theta"], rope_scaling=rope if config.rope_scaling else None)
+        rope = hf_config.rope_parameters
+        values |= dict(rope_theta=rope["rope_theta"], rope_scaling=None if rope["rope_type"] == "default" else rope)
     for name, content in (("config.json", values), ("generation_config.json", generation)):
         with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
             json.dump(content, f, indent=2)
     for name in os.listdir(folder):
         if name.endswith(".safetensors"):  # written for the owner only
-            shutil.copymode(path, os.path.join(folder, name))
+            shutil.copymode(os.path.join(folder, "config.json"), os.path.join(folder, name))
 
 
 HF_MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
@@ -967,10 +949,10 @@ def from_hf_config(hf):
     return fields | dict(rope_theta=float(rope["rope_theta"]))
 
 
-def to_hf_config(config, eot=None, source=None):
+def to_hf_config(config, source):
     """Return the transformers config of a GPTConfig. ValueError if no architecture there fits.
 
-    source: config.json of an imported model, as a dict; it keeps what a GPTConfig does not determine.
+    source: fields to keep that a GPTConfig does not determine, such as all of an imported model's config.json.
     """
     import transformers
 
@@ -999,11 +981,10 @@ def to_hf_config(config, eot=None, source=None):
         fields["attention_bias"] = config.bias
     if model_type == "llama":
         fields["mlp_bias"] = config.bias
-    # what an imported model says besides; another architecture shares the ids of special tokens only
-    kept = source or dict(bos_token_id=eot, eos_token_id=eot)
-    if kept.get("model_type") != model_type:
-        kept = {name: value for name, value in kept.items() if name.endswith("_token_id")}
-    return transformers.AutoConfig.for_model(**kept | fields | {"model_type": model_type})
+    # another architecture shares the ids of special tokens only
+    if source.get("model_type") != model_type:
+        source = {name: value for name, value in source.items() if name.endswith("_token_id")}
+    return transformers.AutoConfig.for_model(**source | fields | {"model_type": model_type})
 
 
 GPT.from_pretrained = staticmethod(from_pretrained)  # methods, as in nanoGPT
@@ -1062,8 +1043,7 @@ def merge_lora(model):
     # put the base layers, with the products added, in the place of peft's
     for name, layer in lora_layers(model):
         layer.merge()
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.base_layer)
+        model.set_submodule(name, layer.base_layer)
     model.lora = None
     del model.peft_config
     model.requires_grad_(True)
@@ -1111,8 +1091,7 @@ def load_lora_checkpoint(checkpoint, **override):
         crop_block_size(model, checkpoint["model_args"]["block_size"])
     # add the adapters, and replace their initial weights
     add_lora(model, **lora)
-    load_weights(model, model.state_dict() | {k: v.float() for k, v in checkpoint["model"].items()})
-    model.tie_weights()
+    load_weights(model, model.state_dict() | checkpoint["model"])
     return model
 
 
@@ -1124,7 +1103,7 @@ def save_adapter(model, folder):
     import safetensors.torch
     from peft import LoraConfig
 
-    model_type = to_hf_config(model.config).model_type
+    model_type = to_hf_config(model.config, {}).model_type
     weights = {}
     for key, weight in weights_to_save(model).items():
         for name, part in hf_parts(key.replace(".default", ""), weight, model.config):
@@ -1222,14 +1201,13 @@ def read_checkpoint(path, mmap=False):
     """
     with open(path, "rb") as f:
         try:
-            is_zip = zipfile.is_zipfile(f)  # not before PyTorch 1.6
-            archive = zipfile.ZipFile(f) if is_zip else None
-            corrupt = archive.testzip() if is_zip else None  # torch.load skips the checksums
+            archive = zipfile.ZipFile(f)
+            corrupt = archive.testzip()  # torch.load skips the checksums
             if corrupt:
                 raise ValueError(f"wrong checksum of {corrupt}")
-            if is_zip and any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is compressed, but torch.load would take the compressed bytes for weights")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and is_zip)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
             if not all(isinstance(checkpoint.get(key), dict) for key in ("model", "model_args")):
                 raise ValueError("it has no model")
         except Exception as e:  # corrupt files raise many exception types
@@ -1247,18 +1225,13 @@ def load_checkpoint(folder, names=(LATEST, PREVIOUS), mmap=False):
     paths = [path for path in paths if os.path.exists(path)]
     if not paths:
         raise FileNotFoundError(f"no checkpoint in {folder} (looked for {', '.join(names)})")
-    # the first that can be read
-    errors = []
-    for path in paths:
+    # the first that can be read, or the error of the last
+    for path in paths[:-1]:
         try:
-            checkpoint = read_checkpoint(path, mmap)
+            return read_checkpoint(path, mmap), path
         except ValueError as e:
-            errors.append(str(e).split("\n")[0])
-            continue
-        for error in errors:
-            print(f"WARNING: {error!r}; using {path} instead", file=sys.stderr)
-        return checkpoint, path
-    raise ValueError("; ".join(errors))
+            print(f"WARNING: {str(e).splitlines()[0]!r}; using the next one instead", file=sys.stderr)
+    return read_checkpoint(paths[-1], mmap), paths[-1]
 
 
 def open_checkpoint(init_from, out_dir="", names=(BEST, LATEST, PREVIOUS)):
@@ -1656,10 +1629,9 @@ def pack_weights(model):
 def replace_linear(model, kind):
     """Replace all Linear layers, packed ones too. A tied output layer gets weights of its own."""
     # a list, because the modules change
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, (Linear, PackedLinear)):
-                setattr(module, name, kind(child))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, (Linear, PackedLinear)):
+            model.set_submodule(name, kind(module))
 
 
 def compile_generation(model):

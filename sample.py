@@ -71,12 +71,10 @@ if merge and not export:
 if serve and compile:
     fail("--serve cannot be combined with --compile, which supports one request at a time")
 if serve:
-    try:
+    with usage_errors("--serve needs pip install gradio; or use --interactive"):
         import gradio as gr
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
-    except ImportError as e:
-        fail(f"--serve needs gradio ({e}): pip install gradio, or use --interactive")
 
 # device
 device, dtype, device_line = configurator.pick_device(device, dtype)

@@ -35,6 +35,7 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import model as gpt
@@ -145,7 +146,7 @@ if init_from != "scratch":
         checkpoint, checkpoint_path = gpt.open_checkpoint(init_from, out_dir, names)
 
 # resume and eval_only inherit the checkpoint's settings, except those in flags and config files. Defaults do not count,
-# edited ones and the environment's included, but for the names in `given`
+# edited ones and the environment's included
 inherits = checkpoint is not None and (resuming or eval_only)
 saved_config, changed = {}, []
 if inherits:
@@ -153,8 +154,7 @@ if inherits:
     # lr_decay_iters == max_iters means "until the end", so that the decay follows a new max_iters
     if saved_config.get("lr_decay_iters") == saved_config.get("max_iters") and "lr_decay_iters" not in explicit:
         saved_config["lr_decay_iters"] = 0
-    given = explicit | {"out_dir", "init_from", "device", "backend", "eval_only"}
-    changed = configurator.inherit(config, given, saved_config, checkpoint_path)
+    changed = configurator.inherit(config, explicit, saved_config, checkpoint_path)
     globals().update(config, init_from=init_from)  # init_from stays resolved, as above
 
 # check the settings
@@ -293,19 +293,15 @@ scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 tokens_per_iter = gradient_accumulation_steps * batch_size * block_size
 iter_num = first_iter = checkpoint.get("iter_num", 0) if inherits else 0
 tokens_seen = 0
+eval_settings = [dataset, block_size, eval_iters * batch_size, len(tokens["val"])]  # that losses are measured on
 best_val_loss, reset_best = 1e9, False
 wandb_id = None
 if resuming and not eval_only:
     best_val_loss = float(checkpoint.get("best_val_loss", 1e9))
     wandb_id = checkpoint.get("wandb_id")
-    # nanoGPT's checkpoints have no tokens_seen: iter_num steps of the saved batch size
-    saved = config | saved_config
-    saved_step = saved["gradient_accumulation_steps"] * saved["batch_size"] * saved["block_size"]
-    tokens_seen = checkpoint.get("tokens_seen", iter_num * saved_step)
+    tokens_seen = checkpoint.get("tokens_seen", iter_num * tokens_per_iter)  # nanoGPT's checkpoints have none
     # losses on other validation windows cannot be compared
-    saved_windows = saved["dataset"], saved["block_size"], saved["eval_iters"] * saved["batch_size"]
-    reset_best = saved_windows != (dataset, block_size, eval_iters * batch_size)
-    reset_best |= checkpoint.get("val_tokens", len(tokens["val"])) != len(tokens["val"])
+    reset_best = checkpoint.get("eval_settings") != eval_settings
     if reset_best:
         best_val_loss = 1e9
     with usage_errors():
@@ -520,11 +516,9 @@ def sample_text():
     # of keys, which takes longer than a token
     if deterministic:
         torch.use_deterministic_algorithms(False)
-    uses_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    with eager, autocast:
+    without_cudnn = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+    with eager, autocast, without_cudnn:
         ids = raw_model.generate(prompt, 100, temperature=0.8, top_k=200, generator=generator)
-    torch.backends.cuda.enable_cudnn_sdp(uses_cudnn)
     if deterministic:
         torch.use_deterministic_algorithms(True)
     raw_model.train()
@@ -641,27 +635,23 @@ class Run:
         print0(f"moved the earlier run's files in {out_dir} to {folder}")
 
     def open_loggers(self):
-        try:
-            if loss_plot:
+        if loss_plot:
+            with usage_errors("--loss_plot needs pip install matplotlib"):
                 import matplotlib.figure  # noqa: F401
-            if tensorboard_log:
+        if tensorboard_log:
+            with usage_errors("--tensorboard_log needs pip install tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
 
                 # events of steps that are repeated are purged
                 folder, purge = os.path.join(out_dir, "tensorboard"), iter_num if resuming else None
                 self.tensorboard = SummaryWriter(folder, purge_step=purge, flush_secs=10)
-            if wandb_log:
+        if wandb_log:
+            with usage_errors("--wandb_log needs pip install wandb, and wandb login or WANDB_MODE=offline"):
                 import wandb
 
                 options = dict(project=wandb_project, name=wandb_run_name, config=config)
                 self.wandb = wandb
                 self.wandb_id = wandb.init(**options, id=self.wandb_id, resume="allow").id
-        except ImportError as e:
-            flags = {"matplotlib": "--loss_plot", "tensorboard": "--tensorboard_log", "wandb": "--wandb_log"}
-            package = next((name for name in flags if name in str(e)), "wandb")
-            fail(f"{flags[package]} needs {package}: pip install {package}")
-        except Exception as e:  # wandb's own errors, above all a missing login
-            fail(f"{first_line(e)} (for wandb: type wandb login, or set WANDB_MODE=offline)")
 
     def should_evaluate(self, it):
         return it % eval_interval == 0 or it >= max_iters or eval_only
@@ -691,8 +681,8 @@ class Run:
             "model_args": gpt.model_args(raw_model.config),
             "iter_num": iter_num,
             "tokens_seen": tokens_seen,
-            "val_tokens": len(tokens["val"]),  # best_val_loss was measured on these
             "best_val_loss": self.best_val_loss,
+            "eval_settings": eval_settings,  # that it was measured on
             "config": config,
             "tokenizer": tokenizer_description,
             "wandb_id": self.wandb_id,

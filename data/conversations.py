@@ -19,7 +19,7 @@ import numpy as np
 
 from data.documents import LONGEST, READERS, Files, extension, read_text
 from data.preparation import State, TokenFiles, describe, fraction, load_tokenizer, make_recipe, read, write
-from data.tokenizer import for_terminal, library_errors, with_chat_template
+from data.tokenizer import as_value_error, for_terminal, with_chat_template
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 OPEN = 64  # windows that a conversation may go into; more would leave less padding
@@ -121,12 +121,12 @@ class ChatTemplate:
         for mark in self.marks:
             if mark in others:
                 raise ValueError(f"a message contains {mark}, which is part of the chat template")
-        with library_errors("the chat template refuses the messages"):
+        with as_value_error("the chat template refuses the messages"):
             return self.library.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
 
     def encode(self, text):
         """Return transformers' encoding of a text that the template has rendered."""
-        with library_errors("the tokenizer cannot encode the conversation"):
+        with as_value_error("the tokenizer cannot encode the conversation"):
             return self.library(text, add_special_tokens=False, return_offsets_mapping=True)
 
     def prompt(self, messages, length):

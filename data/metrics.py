@@ -7,6 +7,8 @@ import json
 import math
 import os
 
+from data.tokenizer import as_value_error
+
 
 def read_metrics(folder, before=math.inf):
     """Return the records of metrics.jsonl with iter < before; lines that a crash cut off are skipped."""
@@ -26,10 +28,8 @@ def plot_losses(folders, path):
     The lowest validation loss of each run is marked. FileNotFoundError if no run has metrics yet, ValueError if
     matplotlib is missing.
     """
-    try:
+    with as_value_error("loss curves need matplotlib (pip install matplotlib)"):
         from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("loss curves need matplotlib: pip install matplotlib") from None
 
     runs = [folder for folder in folders if os.path.exists(os.path.join(folder, "metrics.jsonl"))]
     if not runs:

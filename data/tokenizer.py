@@ -229,14 +229,12 @@ class BytePairTokenizer(TiktokenTokenizer):
     def __init__(self, tokens, pattern=WORDS):
         import tiktoken
 
-        try:
+        with as_value_error("the byte-pair vocabulary is corrupt"):
             ranks = {bytes(BYTES[c] for c in token): i for i, token in enumerate(tokens)}
             if len(ranks) < len(tokens) or not all(bytes([b]) in ranks for b in range(256)):
                 raise ValueError("a token is missing or duplicate")
             special = {"<|endoftext|>": len(tokens)}
             self.encoding = tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"the byte-pair vocabulary is corrupt: {e}") from None
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
         self.description = {"kind": "bpe", "tokens": tokens, "pattern": pattern}
 
@@ -259,15 +257,12 @@ class SentencePieceTokenizer(Tokenizer):
     """A model of the sentencepiece library. model: the content of its file in base64."""
 
     def __init__(self, model):
-        try:
+        with as_value_error("a SentencePiece model needs sentencepiece (pip install sentencepiece)"):
             import sentencepiece
 
+        with as_value_error("not a SentencePiece model"):
             self.model = sentencepiece.SentencePieceProcessor()
             self.model.LoadFromSerializedProto(base64.b64decode(model))
-        except ImportError:
-            raise ValueError("a SentencePiece model needs sentencepiece: pip install sentencepiece") from None
-        except (ValueError, RuntimeError) as e:
-            raise ValueError(f"not a SentencePiece model: {e}") from None
         self.vocab_size = self.model.vocab_size()
         self.eot = self.model.eos_id() if self.model.eos_id() >= 0 else None
         self.special = {i for i in range(self.vocab_size) if self.model.is_control(i) or self.model.is_unknown(i)}
@@ -321,7 +316,7 @@ class HubTokenizer(Tokenizer):
 
         self.files = {name: files[name] for name in HUB_FILES if name in files}  # another name could be any path
         self.description = {"kind": "transformers", "files": self.files}
-        with library_errors("cannot parse tokenizer.json"):
+        with as_value_error("cannot parse tokenizer.json"):
             self.tokenizer = Tokenizer.from_str(files["tokenizer.json"])
             self.plain = Tokenizer.from_str(files["tokenizer.json"])
             eos = json.loads(files.get("tokenizer_config.json", "{}")).get("eos_token") or ""
@@ -337,11 +332,11 @@ class HubTokenizer(Tokenizer):
         for tokenizer in (self.tokenizer, self.plain):
             tokenizer.no_truncation()
             tokenizer.no_padding()
-        with library_errors("cannot use tokenizer.json"):
+        with as_value_error("cannot use tokenizer.json"):
             self.bos = tokens_before(self.tokenizer)
 
     def encode(self, text):
-        with library_errors("the tokenizer cannot encode this text"):
+        with as_value_error("the tokenizer cannot encode this text"):
             return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def prompt(self, text):
@@ -354,7 +349,7 @@ class HubTokenizer(Tokenizer):
 
     def encode_documents(self, texts):
         tokenizer = self.tokenizer if self.special_tokens else self.plain
-        with library_errors("the tokenizer cannot encode this text"):
+        with as_value_error("the tokenizer cannot encode this text"):
             encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
@@ -434,14 +429,14 @@ def tokens_before(tokenizer):
 
 
 @contextlib.contextmanager
-def library_errors(problem):
-    """Raise ValueError for all that the tokenizers library raises: Exception itself, and panics, which are not one."""
+def as_value_error(problem):
+    """Raise ValueError for all that is raised: libraries raise many types, and panics of Rust are no Exception."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as e:
-        raise ValueError(f"{problem}: {e}") from None
+        raise ValueError(f"{problem}: {str(e).strip() or type(e).__name__}") from None
 
 
 def piece_bytes(piece):
@@ -494,7 +489,7 @@ def from_name(name, texts=None):
 
 def from_file(path):
     """Return the tokenizer in a SentencePiece .model, or in a tokenizer.json and the files next to it."""
-    try:
+    with as_value_error(path):
         if path.endswith(".model"):
             return SentencePieceTokenizer(base64.b64encode(Path(path).read_bytes()).decode())
         # a folder with this file, and those next to it that tell what kind it is
@@ -504,8 +499,6 @@ def from_file(path):
             for name, content in files.items():
                 Path(folder, name).write_text(content, encoding="utf-8")
             return from_folder(folder)
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
 
 
 def from_hub(name):

@@ -265,7 +265,7 @@ def test_masked_loss_is_that_of_transformers(questions):
     torch.manual_seed(0)
     fields = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, norm="rmsnorm", position="rope", mlp="swiglu")
     model = GPT(GPTConfig(**fields, vocab_size=data.vocab_size, dropout=0.0, bias=False))
-    hf = LlamaForCausalLM(LlamaConfig(**gpt.to_hf_config(model.config).to_dict()))
+    hf = LlamaForCausalLM(LlamaConfig(**gpt.to_hf_config(model.config, {}).to_dict()))
     for key, weight in model.state_dict().items():
         for name, part in gpt.hf_parts(key, weight, model.config):
             hf.state_dict()[name].copy_(part)

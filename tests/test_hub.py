@@ -309,7 +309,7 @@ def test_export_without_an_architecture_is_refused():
         (dict(n_kv_head=1), "n_kv_head=1"),
     ):
         with pytest.raises(ValueError, match=message):
-            to_hf_config(GPTConfig(**shape, **settings))
+            to_hf_config(GPTConfig(**shape, **settings), {})
 
 
 def check_round_trip(tokenizer, text, folder):

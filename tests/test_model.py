@@ -465,12 +465,6 @@ def test_model_args_round_trip(settings):
     assert torch.equal(again(idx)[0], model(idx)[0])
 
 
-def test_earlier_checkpoints_have_four_numbers_of_llama3():
-    model = small(position="rope", rope_scaling=LLAMA3)
-    earlier = model_args(model.config) | {"rope_scaling": (8.0, 1.0, 4.0, 4)}
-    assert from_checkpoint({"model": model.state_dict(), "model_args": earlier}).config == model.config
-
-
 def test_inconsistent_config_is_refused():
     for wrong, message in (
         (dict(n_kv_head=3), "multiple of n_kv_head"),

@@ -13,7 +13,7 @@ from model import GPT, GPTConfig, flops_per_token, round_vocab_size
 @pytest.fixture
 def scale(tiny):
     """scale(n_layer=2, ...) returns the settings that config/scale.py assigns after the given ones."""
-    defaults = {name: eval(default) for name, (_, default) in configurator.setting_lines("train.py").items()}
+    defaults = {name: eval(default) for name, default, *_ in configurator.setting_lines("train.py") if name}
 
     def run(**given):
         given = {"dataset": tiny, "block_size": 64} | given

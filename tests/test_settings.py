@@ -164,26 +164,24 @@ def test_config_may_build_on_another_config(monkeypatch, tmp_path, source):
 
 
 def settings_of(name):
-    return configurator.setting_lines(ROOT / name)
+    return {key: default for key, default, *_ in configurator.setting_lines(ROOT / name) if key}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_help_lists_every_setting_with_its_comment(script, name):
     result = script(name, "--help")
     assert result.code == 0 and ast.get_docstring(ast.parse((ROOT / name).read_text())) in result.out
-    for key, (_, default) in settings_of(name).items():
+    for key, default in settings_of(name).items():
         assert f"  --{key}={default}" in result.out
     for path in (ROOT / "config").glob("*.py"):
         title = path.read_text().partition("\n")[0].strip("# :")
         assert re.search(rf"  config/{path.name} +{re.escape(title)}\n", result.out) and len(title) < 120
-    source = (ROOT / name).read_text().splitlines()
-    for number, _ in settings_of(name).values():
-        _, _, comment = source[number - 1].partition("  # ")
-        line = next(
-            line for line in result.out.splitlines() if line.startswith(f"  --{source[number - 1].split()[0]}=")
-        )
+    source = (ROOT / name).read_text()
+    for key, default in settings_of(name).items():
+        _, _, comment = re.search(rf"^{key} = .*", source, re.MULTILINE)[0].partition("  # ")
+        line = next(line for line in result.out.splitlines() if line.startswith(f"  --{key}={default}"))
         assert line.split(" [env: ")[0].endswith(comment)
-    assert len([n for n, _ in settings_of(name).values() if "  # " in source[n - 1]]) > 10
+    assert len(re.findall(r"^  --\w+=.* {2}\w", result.out, re.MULTILINE)) > 10
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -200,7 +198,7 @@ def test_every_setting_is_read(name):
 
 @pytest.mark.parametrize("path", sorted(p.name for p in (ROOT / "config").glob("*.py")))
 def test_presets_set_only_settings_of_train(path):
-    known = {name: eval(default) for name, (_, default) in settings_of("train.py").items()}
+    known = {name: eval(default) for name, default in settings_of("train.py").items()}
     assigned = runpy.run_path(str(ROOT / "config" / path), known | {"given": {}})
     assert {k for k, v in assigned.items() if k[0] != "_" and type(v) in (int, float, bool, str)} <= set(known)
 

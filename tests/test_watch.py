@@ -188,7 +188,7 @@ def test_environment_sets_defaults_and_flags_override(script, train, tiny_run, m
     assert read_checkpoint(tiny_run.out / "ckpt_prev.pt")["iter_num"] == 5
     for variable, message in (
         ("SAVE_INTERVAL", "SAVE_INTERVAL: save_interval must be an integer"),
-        ("MIXED_PRECISION", "MIXED_PRECISION must be one of true, false"),
+        ("MIXED_PRECISION", "--dtype must be one of auto, float32, bfloat16, float16, got perhaps"),
     ):
         monkeypatch.setenv(variable, "perhaps")
         result = script("train.py", *flags)
