@@ -851,12 +851,15 @@ def save_pretrained(model, folder, eot=None, vocab_size=None, end_ids=()):
     hf_config = to_hf_config(config, hub["config"])
     with torch.device("meta"):
         hf = transformers.AutoModelForCausalLM.from_config(hf_config, dtype=model.lm_head.weight.dtype)
-    # views of our weights under its names; biases are not optional in transformers' GPT-2
-    weights = {name: torch.zeros_like(weight, device="cpu") for name, weight in hf.state_dict().items()}
+    # views of our weights under its names
+    weights = {}
     for key, weight in model.state_dict().items():
         if key in ("transformer.wte.weight", "lm_head.weight"):
             weight = weight[: config.vocab_size]
         weights.update((name, part.contiguous()) for name, part in hf_parts(key, weight, config))
+    for name, weight in hf.state_dict().items():  # biases are not optional in transformers' GPT-2
+        if name not in weights:
+            weights[name] = torch.zeros_like(weight, device="cpu")
     hf.generation_config = transformers.GenerationConfig()  # a published one may not pass the checks of saving
     hf.save_pretrained(folder, state_dict=weights)  # safetensors and config.json
 

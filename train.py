@@ -301,7 +301,7 @@ if resuming and not eval_only:
     wandb_id = checkpoint.get("wandb_id")
     tokens_seen = checkpoint.get("tokens_seen", iter_num * tokens_per_iter)  # nanoGPT's checkpoints have none
     # losses on other validation windows cannot be compared
-    reset_best = checkpoint.get("eval_settings") != eval_settings
+    reset_best = checkpoint.get("eval_settings", eval_settings) != eval_settings
     if reset_best:
         best_val_loss = 1e9
     with usage_errors():

@@ -287,7 +287,8 @@ def read_parquet(file, column):
             array = batch.column(0)
             while types.is_struct(array.type):
                 array = array.flatten()[0]
-            rows = [{column: text and text.decode("utf-8", "count")} for text in array.cast(binary()).to_pylist()]
+            texts = array.cast(binary()).to_pylist()
+            rows = [{column: text if text is None else text.decode("utf-8", "count")} for text in texts]
         for row in rows:
             n += 1
             yield f"row {n}", row, 0

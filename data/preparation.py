@@ -100,6 +100,8 @@ def parse_args(doc, names, defaults):
     # refuse values without a meaning
     if not 0 < args.val_share < 1:
         fail(f"--val_share={args.val_share} is not between 0 and 1")
+    if not 0 <= args.max_bad <= 1:
+        fail(f"--max_bad={args.max_bad} is not between 0 and 1")
     if args.block_size < 1:
         fail(f"--block_size={args.block_size} is not positive")
     if min(args.num_samples, args.shard_tokens, args.workers) < 0:

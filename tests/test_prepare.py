@@ -297,7 +297,7 @@ def test_parquet_columns(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     write_parquet(tmp_path / "a.parquet", text=pyarrow.array(DOCUMENTS).dictionary_encode())
     assert texts_of(corpus_of(tmp_path / "a.parquet")) == DOCUMENTS
-    invalid = pyarrow.array([b"good", b"b\xffd", None]).cast(pyarrow.binary()).view(pyarrow.string())
+    invalid = pyarrow.array([b"good", b"b\xffd", b"", None]).cast(pyarrow.binary()).view(pyarrow.string())
     corpus = corpus_of(write_parquet(tmp_path / "b.parquet", text=invalid))
     assert texts_of(corpus) == ["good", "b\ufffdd"]
     assert corpus.counts["bad rows"] == corpus.counts["undecodable bytes"] == 1

@@ -6,7 +6,7 @@ Prepare conversations to finetune a model into an assistant: files, folders, quo
     python train.py config/finetune_chat.py
     python sample.py --out_dir=out-chat --chat
 
-Each row of a jsonl or parquet file, or of a json file with one list, has the messages of OpenAI, [{"role": "user",
+Each row of a jsonl, csv or parquet file, or of a json file with one list, has the messages of OpenAI, [{"role": "user",
 "content": "Hi"}, {"role": "assistant", "content": "Hello!"}], the conversations of ShareGPT (from and value), or
 instruction, input and output, as Alpaca. Only the assistant's turns and the tokens that end them are learned.
 
