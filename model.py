@@ -590,6 +590,8 @@ def check_config(config):
     head_dim = config.head_dim or config.n_embd // config.n_head
     if config.position == "rope" and head_dim % 2:
         raise ValueError(f"rope needs an even head_dim, got {head_dim}")
+    if not isinstance(config.rope_scaling, dict | None):
+        raise ValueError(f"rope_scaling must be a dict as in transformers, got {config.rope_scaling}")
     # a typing error, rather than a model: building it would exhaust the memory
     n_params = 12 * config.n_layer * config.n_embd**2
     if n_params > 1e14:

@@ -472,6 +472,7 @@ def test_inconsistent_config_is_refused():
         (dict(position="alibi"), "position must be one of learned, rope"),
         (dict(mlp="relu"), "mlp must be one of gelu, gelu_tanh, swiglu, relu2"),
         (dict(position="rope", head_dim=7), "even head_dim, got 7"),
+        (dict(position="rope", rope_scaling=(8.0, 1.0, 4.0, 4)), "rope_scaling must be a dict"),
         (dict(n_head=3), "multiple of n_head"),
         (dict(n_layer=0), "n_layer must be at least 1"),
         (dict(rope_theta=0.0), "rope_theta must be at least 1"),
