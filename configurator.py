@@ -321,7 +321,7 @@ def config_hint(path, defaults):
 
 def inherit(settings, explicit, saved, source):
     """Take over the settings of a checkpoint, except explicit ones; returns the changes as "name old -> new"."""
-    # not those of a single start; nanoGPT's checkpoints have settings that are unknown here
+    # these five belong to one start only; nanoGPT's checkpoints have settings that are unknown here
     names = settings.keys() - {"init_from", "out_dir", "device", "backend", "eval_only"}
     saved = {k: v for k, v in saved.items() if k in names and type(v) in (int, float, bool, str)}
     for name in saved.keys() - explicit:

@@ -844,7 +844,7 @@ def save_pretrained(model, folder, eot=None, vocab_size=None, end_ids=()):
     """
     import transformers
 
-    # a model of transformers without weights
+    # an empty model of transformers, which determines the names
     transformers.utils.logging.disable_progress_bar()
     config, ids = model.config, dict(bos_token_id=eot, eos_token_id=eot)
     hub = model.hub or dict(config=ids, generation_config=ids)
