@@ -19,7 +19,6 @@ import sys
 import time
 import warnings
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -1159,25 +1158,6 @@ def save_checkpoint(checkpoint, folder, name=LATEST, keep_previous=True):
         fd = os.open(folder, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
-
-
-class CheckpointWriter:
-    """Write checkpoints into a folder in the background, one at a time."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.pool = ThreadPoolExecutor(1)
-        self.pending = None  # the save in progress
-
-    def save(self, checkpoint, name, keep_previous=True):
-        """Start to save a checkpoint, whose tensors must not change until wait()."""
-        self.wait()
-        self.pending = self.pool.submit(save_checkpoint, checkpoint, self.folder, name, keep_previous)
-
-    def wait(self):
-        """Wait for the save in progress; returns its exception, or None."""
-        pending, self.pending = self.pending, None
-        return pending.exception() if pending else None
 
 
 def copy_to_cpu(state, is_writer=True, copies=None):

@@ -146,22 +146,19 @@ def encode(prompt):
 
 
 def generate_texts(x):
-    """Return num_samples texts that begin with x (1, T), generated in one batch."""
-    prompt = x[0].tolist()
-    rows = model.generate(x.repeat(num_samples, 1), max_new_tokens, **sampling)[:, len(prompt) :].tolist()
-    texts = [tokenizer.decode(prompt + list(until_end(row))) for row in rows]
-    begin = len(tokenizer.decode(prompt))  # `stop` may be in the prompt
-    return [text[:begin] + text[begin:].partition(stop)[0] for text in texts] if stop else texts
+    """Return num_samples texts that begin with the prompt `start`, x (1, T), generated in one batch."""
+    rows = model.generate(x.repeat(num_samples, 1), max_new_tokens, **sampling)[:, x.size(1) :].tolist()
+    return [start + "".join(decode_pieces(row, stop)) for row in rows]
 
 
-def until_end(ids):
-    """Return an iterator over the ids before the first end token."""
-    return itertools.takewhile(lambda i: i not in end_ids, ids)
-
-
-def stream_text(x, length, stop, options):
+def stream_text(x, length=max_new_tokens, stop=stop, options=sampling):
     """Yield the text that continues x (1, T) in pieces, up to `length` tokens or to the text `stop`."""
-    pieces = tokenizer.decode_stream(until_end(map(int, model.stream(x, length, **options))))
+    return decode_pieces(map(int, model.stream(x, length, **options)), stop)
+
+
+def decode_pieces(ids, stop):
+    """Yield the text of an iterable of ids in pieces, up to an end token or to the text `stop`."""
+    pieces = tokenizer.decode_stream(itertools.takewhile(lambda i: i not in end_ids, ids))
     text, hold = "", max(0, len(stop) - 1)  # hold back characters that may be the beginning of `stop`
     for piece in pieces:
         text += piece
@@ -178,12 +175,6 @@ def show(text, end="\n"):
     print(for_terminal(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
-def print_stream(x):
-    for text in stream_text(x, max_new_tokens, stop, sampling):
-        show(text, end="")
-    print()
-
-
 def reply(messages):
     """Yield the pieces of a reply to messages, without the oldest ones if the context is too short."""
     system = [{"role": "system", "content": start}] if "start" in explicit or start != "\n" else []
@@ -191,42 +182,39 @@ def reply(messages):
     if max(ids) >= vocab_size:
         raise ValueError(f"the prompt has token id {max(ids)}, but the model's vocabulary ends at {vocab_size - 1}")
     x = torch.tensor([ids], device=device)
-    yield from stream_text(x, min(max_new_tokens, block_size - len(ids)), stop, sampling)
+    yield from stream_text(x, min(max_new_tokens, block_size - len(ids)))
 
 
-def chat_in_terminal():
-    """Reply to each line; /reset forgets the earlier ones, Ctrl-C stops a reply, Ctrl-D leaves."""
+def answer_lines():
+    """Continue each line, or reply to it; /reset forgets the earlier ones, Ctrl-C stops a text, Ctrl-D leaves."""
     messages = []
     while True:
         try:
-            text = input("> ")
+            line = input("> ")
         except EOFError:
             return
-        if text.strip() == "/reset":
+        if chat and line.strip() == "/reset":
             messages = []
             continue
-        answer = ""
+        question, pieces = {"role": "user", "content": line}, []
         try:
-            for piece in reply([*messages, {"role": "user", "content": text}]):
-                answer += piece
+            for piece in reply([*messages, question]) if chat else stream_text(encode(line)):
                 show(piece, end="")
+                pieces.append(piece)
         except KeyboardInterrupt:
             pass
         except ValueError as e:
             print(f"error: {e}", file=sys.stderr)
             continue
         print()
-        messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+        messages += [question, {"role": "assistant", "content": "".join(pieces)}]
 
 
 def chat_on_page(text, history):
     """Yield the reply so far to a text after the messages of a history."""
     messages = [{"role": message["role"], "content": to_text(message["content"]) or ""} for message in history]
-    answer = ""
     try:
-        for piece in reply([*messages, {"role": "user", "content": text}]):
-            answer += piece
-            yield answer
+        yield from itertools.accumulate(reply([*messages, {"role": "user", "content": text}]))
     except ValueError as e:
         raise gr.Error(str(e), print_exception=False) from None
 
@@ -297,10 +285,10 @@ def stream_to_page(prompt, temperature, top_k, top_p, length, stop, seed=None):
     options = sampling | dict(temperature=temperature, top_k=top_k, top_p=top_p)
     if seed is not None:
         options["generator"] = torch.Generator(device).manual_seed(int(seed))
-    text, begin = "", time.perf_counter()
+    begin = time.perf_counter()
     try:
-        for n, piece in enumerate(stream_text(encode(prompt or start), length, stop, options), 1):
-            text += piece
+        pieces = stream_text(encode(prompt or start), length, stop, options)
+        for n, text in enumerate(itertools.accumulate(pieces), 1):
             yield text, f"{min(n, length) / (time.perf_counter() - begin):.1f} tokens/s"
     except ValueError as e:
         raise gr.Error(str(e), print_exception=False) from None
@@ -395,17 +383,10 @@ elif not int8:
 
 if serve:
     serve_page(chat_page() if chat else text_page())
-if chat:
-    chat_in_terminal()
-    sys.exit(0)
 configurator.exit_quietly_on_closed_pipe()  # not for the page: a browser may close its connection
-while interactive:
-    try:
-        print_stream(encode(input("> ")))
-    except EOFError:
-        sys.exit(0)
-    except ValueError as e:
-        print(f"error: {e}", file=sys.stderr)
+if chat or interactive:
+    answer_lines()
+    sys.exit(0)
 
 with usage_errors():
     x = encode(start)
@@ -413,9 +394,9 @@ if compare:
     compare_with_base(x)
 elif stream:
     for _ in range(num_samples):
-        show(start, end="")
-        print_stream(x)
-        print("---------------")
+        for text in itertools.chain([start], stream_text(x)):
+            show(text, end="")
+        print("\n---------------")
 else:
     for text in generate_texts(x):
         show(text)

@@ -31,6 +31,7 @@ import shlex
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -581,7 +582,8 @@ class Run:
 
     def __init__(self):
         # checkpoints; the step that the run starts from counts as saved, so step 0 and eval_only save nothing
-        self.writer = gpt.CheckpointWriter(out_dir)
+        self.pool = ThreadPoolExecutor(1)  # of one thread that writes them
+        self.saving = None  # the save in progress, on rank 0
         self.saved_iter = iter_num  # step of the last checkpoint on disk
         self.pending_iter = None  # step of the save in progress
         self.best_val_loss = best_val_loss
@@ -698,7 +700,8 @@ class Run:
             state = gpt.copy_to_cpu(state, is_master)
         if is_master:
             # saving the same step again must not replace ckpt_prev.pt by that step
-            self.writer.save(state, name, keep_previous=iter_num > self.saved_iter)
+            keep_previous = iter_num > self.saved_iter
+            self.saving = self.pool.submit(gpt.save_checkpoint, state, out_dir, name, keep_previous)
         self.pending_iter = iter_num
         in_background = copied and name == LATEST
         return True if in_background else self.wait(name)
@@ -706,7 +709,8 @@ class Run:
     def wait(self, name=LATEST):
         """Wait for the save in progress; returns whether it succeeded. Training goes on after a full disk."""
         # all ranks must agree on what is on disk
-        error = self.writer.wait()
+        error = self.saving.exception() if self.saving else None
+        self.saving = None
         if error:
             print0(f"WARNING: could not write {os.path.join(out_dir, name)} ({error}); keeping the previous one")
         succeeded = not any_rank(error, device)
@@ -820,7 +824,7 @@ except Exception as e:
     exit_code = 2 if isinstance(e, DataError) else 128 + stop_signal.received
     print(for_terminal(f"{'error' if exit_code == 2 else 'interrupted'}: {first_line(e)}"), file=sys.stderr)
     if use_fsdp:  # a save needs all ranks, but they wait in another collective: leave, and torchrun stops them
-        run.writer.wait()
+        run.pool.shutdown()
         run.close(exit_code)
         configurator.exit_now(exit_code, distributed)
     if distributed:

@@ -2,6 +2,7 @@
 
 import math
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from model import (
     GPT,
     LATEST,
     PREVIOUS,
-    CheckpointWriter,
     GPTConfig,
     clip_gradients,
     compile_generation,
     copy_to_cpu,
     quantize,
     read_checkpoint,
+    save_checkpoint,
 )
 
 DEVICE = "cuda"
@@ -171,10 +172,12 @@ def test_muon_skips_steps_that_overflow_in_float16():
 
 def test_background_save_has_the_weights_of_its_step(tmp_path):
     model = small()
-    expected, writer = weights(model), CheckpointWriter(tmp_path)
-    writer.save(copy_to_cpu({"model": model.state_dict(keep_vars=True)}), LATEST)
-    list(take_steps(model, torch.bfloat16, 5))
-    assert writer.wait() is None
+    expected = weights(model)
+    with ThreadPoolExecutor(1) as pool:
+        copies = copy_to_cpu({"model": model.state_dict(keep_vars=True)})
+        saving = pool.submit(save_checkpoint, copies, tmp_path, LATEST)
+        list(take_steps(model, torch.bfloat16, 5))
+    assert saving.exception() is None
     saved = torch.load(tmp_path / LATEST)["model"]
     assert equal(saved, expected) and not equal(saved, weights(model))
 
