@@ -399,7 +399,9 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
 # 6. optimizers: read on if you change how weights are updated
 
 
-def configure_optimizers(model, weight_decay, learning_rate, betas, device_type, muon=False, dtype=torch.float32):
+def configure_optimizers(
+    model, weight_decay, learning_rate, betas, device_type, muon=False, dtype=torch.float32, muon_momentum=0.95
+):
     """Return AdamW, or with `muon` Muon for the matrices of the blocks and AdamW for the rest.
 
     Matrices and embeddings decay, biases and norms do not. Muon computes in `dtype`.
@@ -415,7 +417,7 @@ def configure_optimizers(model, weight_decay, learning_rate, betas, device_type,
         dict(kind="adamw", params=no_decay, weight_decay=0.0),
     ]
     if muon:
-        groups.append(dict(kind="muon", params=hidden, weight_decay=weight_decay, momentum=0.95))
+        groups.append(dict(kind="muon", params=hidden, weight_decay=weight_decay, momentum=muon_momentum))
 
     # one fused kernel per step; on MPS it ignores the steps that loss scaling skips
     options = dict(lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
@@ -636,6 +638,13 @@ def model_args(config):
 
 
 NANOGPT_FIELDS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+
+
+def zero_projections(model):
+    """Set the projections into the residual stream to 0, so that each block begins as the identity."""
+    for name, p in model.named_parameters():
+        if name.endswith("c_proj.weight"):
+            torch.nn.init.zeros_(p)
 
 
 def round_vocab_size(vocab_size):
@@ -1414,10 +1423,10 @@ class SquaredReLU(torch.autograd.Function):
 
 
 def train_attention_on_cpu(q, k, v, dropout):
-    """Compute causal attention where PyTorch's kernel is slow: short sequences, and bfloat16."""
-    if q.size(2) <= 256:
+    """Compute causal attention where PyTorch's kernel is slow: in bfloat16, and with dropout."""
+    if q.size(2) <= 256 and (dropout or q.dtype != torch.float32):
         return ShortAttention.apply(q, k, v, dropout)
-    # in bfloat16 the backward pass is up to five times slower than in float32
+    # its backward pass is up to five times slower in bfloat16 than in float32
     x = (q.float(), k.float(), v.float())
     with torch.autocast("cpu", enabled=False):
         y = F.scaled_dot_product_attention(*x, dropout_p=dropout, is_causal=True, enable_gqa=q.size(1) > k.size(1))
@@ -1427,7 +1436,8 @@ def train_attention_on_cpu(q, k, v, dropout):
 class ShortAttention(torch.autograd.Function):
     """Causal attention that stores its probabilities (B, H, T, T) for the backward pass.
 
-    For T <= 256 they are small, and training on CPUs is up to 2x faster than with F.scaled_dot_product_attention.
+    For T <= 256 they are small, and training on CPUs in bfloat16 is 1.05 to 1.15 times faster than with
+    F.scaled_dot_product_attention in float32, with dropout more.
     """
 
     @staticmethod

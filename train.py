@@ -86,6 +86,7 @@ n_hidden = 0  # width of the MLP; 0: 4 * n_embd, for swiglu 8/3 * n_embd rounded
 n_kv_head = 0  # number of key/value heads (grouped-query attention); 0: n_head
 qk_norm = False  # normalize queries and keys
 tied = True  # share the weights of the token embedding and the output layer
+zero_init = False  # begin with projections into the residual stream of 0; False: of GPT-2's size
 # LoRA: freeze the weights of init_from and train low-rank adapters (pip install peft)
 lora_rank = 0  # rank of the adapters, usually 8 to 64; 0: off
 lora_alpha = 16  # the adapters are scaled by lora_alpha / lora_rank
@@ -93,6 +94,7 @@ lora_dropout = 0.0  # dropout on the adapters' input
 lora_targets = "c_attn,c_proj,c_fc"  # Linear layers that get adapters
 # optimizer
 muon = False  # Muon for the matrices of the blocks, AdamW for the rest; False: AdamW only
+muon_momentum = 0.95  # less is better for runs of some hundred steps
 learning_rate = 6e-4  # max learning rate
 max_iters = 600000  # total number of training steps
 weight_decay = 1e-1
@@ -163,7 +165,7 @@ configurator.check_minimum(config, 1, "eval_interval", "log_interval", "batch_si
 configurator.check_minimum(config, 1, "gradient_accumulation_steps", "timeout")
 configurator.check_minimum(config, 0, "eval_iters", "save_interval", "sample_interval", "max_iters", "warmup_iters")
 configurator.check_minimum(config, 0, "learning_rate", "min_lr", "lr_decay_iters", "wsd_decay_frac", "weight_decay")
-configurator.check_minimum(config, 0, "grad_clip", "seed", "lora_rank")
+configurator.check_minimum(config, 0, "grad_clip", "seed", "lora_rank", "muon_momentum")
 configurator.check_choice(config, "lr_schedule", "cosine", "linear", "constant", "wsd")
 if lora_rank and init_from == "scratch":
     fail("LoRA needs pretrained weights: set --init_from")
@@ -206,6 +208,8 @@ with usage_errors():
     if init_from == "scratch":
         fields = {field.name: config[field.name] for field in dataclasses.fields(GPTConfig) if field.name in config}
         model = GPT(GPTConfig(**fields, vocab_size=gpt.round_vocab_size(data.vocab_size or 50257)))
+        if zero_init:
+            gpt.zero_projections(model)
     else:
         model = gpt.load_model(init_from, checkpoint, dropout=dropout)
 model_fields = dataclasses.asdict(model.config)
@@ -287,7 +291,9 @@ with usage_errors():
         gpt.shard_model(model, device_type, ptdtype)
     else:
         model.to(device)
-    optimizer = gpt.configure_optimizers(model, weight_decay, learning_rate, (beta1, beta2), device_type, muon, ptdtype)
+    optimizer = gpt.configure_optimizers(
+        model, weight_decay, learning_rate, (beta1, beta2), device_type, muon, ptdtype, muon_momentum
+    )
 scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
 # where the run stands

@@ -198,7 +198,7 @@ def test_adamw_groups_cover_all_parameters_and_matrices_decay(settings):
 @pytest.mark.parametrize("settings", ARCHITECTURES)
 def test_muon_equals_torch_optim_muon(settings):
     a, b = small(**settings), small(**settings)
-    ours = a.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu", muon=True, dtype=torch.bfloat16)
+    ours = a.configure_optimizers(0.1, 1e-2, (0.9, 0.95), "cpu", muon=True, dtype=torch.bfloat16, muon_momentum=0.9)
     grouped = [p for group in ours.param_groups for p in group["params"]]
     assert len(grouped) == len({id(p) for p in grouped}) == len(list(a.parameters()))
     hidden = [p for p in b.transformer.h.parameters() if p.dim() == 2]
@@ -209,7 +209,7 @@ def test_muon_equals_torch_optim_muon(settings):
     ]
     theirs = [
         torch.optim.AdamW(decay, lr=1e-2, betas=(0.9, 0.95)),
-        torch.optim.Muon(hidden, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(hidden, lr=1e-2, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
     ]
     for step in range(5):
         torch.manual_seed(step)

@@ -25,6 +25,7 @@ from model import (
     LATEST,
     PREVIOUS,
     GPTConfig,
+    from_checkpoint,
     load_checkpoint,
     load_optimizer_state,
     load_training_state,
@@ -164,19 +165,37 @@ def test_gradient_checkpointing_gives_equal_weights(train, tiny_run, finished, t
 
 
 def test_modern_run_with_muon_resumes_exactly(train, tiny_run, tmp_path):
-    flags = [*tiny_run.flags, ROOT / "config" / "modern.py", "--qk_norm", "--n_hidden=40", "--muon"]
+    flags = [
+        *tiny_run.flags,
+        ROOT / "config" / "modern.py",
+        "--qk_norm",
+        "--n_hidden=40",
+        "--muon",
+        "--muon_momentum=0.9",
+    ]
     train(flags)
     halves = f"--out_dir={tmp_path / 'halves'}"
     train(flags, halves, "--max_iters=10")
     train([], halves, "--init_from=resume", "--max_iters=20", "--device=cpu")
     whole = read_checkpoint(tiny_run.out / LATEST)
     assert_same_state(whole, read_checkpoint(tmp_path / "halves" / LATEST))
+    assert whole["optimizer"]["param_groups"][2]["momentum"] == 0.9
     assert whole["model_args"]["norm"] == "rmsnorm" and whole["model_args"]["n_kv_head"] == 1
     for changed, message in (
         ("--mlp=relu2", "--mlp=relu2 was given, but the model of "),
         ("--muon=False", "the optimizer state does not match this model and optimizer"),
     ):
         assert message in train(flags, halves, "--init_from=resume", changed, code=2).err
+
+
+def test_zero_init_starts_with_blocks_that_add_nothing(train, tiny_run):
+    train(tiny_run.flags, "--zero_init", "--learning_rate=0.0", "--decay_lr=False", "--max_iters=1")
+    checkpoint = read_checkpoint(tiny_run.out / LATEST)
+    model = from_checkpoint(checkpoint).eval()
+    idx = torch.arange(8)[None] % model.config.vocab_size
+    embeddings = model.transformer.wte(idx) + model.transformer.wpe(torch.arange(8))
+    torch.testing.assert_close(model(idx)[0], model.lm_head(model.transformer.ln_f(embeddings))[:, -1:])
+    assert all(p.any() for name, p in model.named_parameters() if "c_proj" not in name and "bias" not in name)
 
 
 def test_dropout_is_on_after_an_evaluation(train, tiny_run):
