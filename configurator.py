@@ -551,7 +551,7 @@ class StopSignal:
                 signal.signal(number, self.handle)
 
     def handle(self, number, frame):
-        by_torchrun = dist.is_initialized()  # it repeats signals, and kills after its --shutdown-timeout
+        by_torchrun = "RANK" in os.environ  # it repeats signals, and kills after its --shutdown-timeout
         if self.received and not by_torchrun:
             os._exit(128 + number)
         if not self.received and os.environ.get("RANK", "0") == "0":
