@@ -272,16 +272,10 @@ def read_config(path, namespace, defaults):
     Settings of train.py that the running script lacks are skipped, so that one file serves every script. Other names
     are helper variables of the file, unless they look like a misspelled setting.
     """
-    # read it
-    try:
-        with open(path, "rb") as f:
-            source = f.read()
-        if path.endswith(".pt"):
-            raise FileNotFoundError
-    except (FileNotFoundError, IsADirectoryError):
+    if path.endswith(".pt") or os.path.isdir(path) or not os.path.exists(path):
         fail(f"no config file {path}" + config_hint(path, defaults))
-    except OSError as e:
-        fail(f"cannot read config file {path}: {e.strerror}")
+    with usage_errors(), open(path, "rb") as f:
+        source = f.read()
 
     # run it, in a namespace that records assignments
     after = Assigned(namespace)
