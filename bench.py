@@ -154,8 +154,7 @@ if __name__ == "__main__":  # not in worker processes: they get the resulting se
         if path in GPT2_SIZES:
             changes = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[path], strict=True))
         else:
-            given = {key: config[key] for key in explicit}
-            changes = configurator.read_config(path, globals() | {"given": given}, config)
+            changes = configurator.read_config(path, globals(), config, explicit)
         models[name] = config | {"init_from": ""} | {key: changes[key] for key in changes.keys() & changeable}
     if classic:
         models["classic"] = config

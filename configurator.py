@@ -145,10 +145,9 @@ def configure(script):
     while args:
         arg = args.pop(0)
         if arg.startswith("-") or "=" in arg:
-            values = read_flag(arg, args, defaults)
+            values = read_flag(arg, args, settings)
         else:
-            given = {name: settings[name] for name in explicit}
-            values = read_config(arg, script | settings | {"given": given}, defaults)
+            values = read_config(arg, script, settings, explicit)
         settings |= values
         explicit |= values.keys()
     script.update(settings)
@@ -185,7 +184,7 @@ def read_environment(defaults):
     return values
 
 
-def read_flag(arg, rest, defaults):
+def read_flag(arg, rest, settings):
     """Return {setting: value} for --key=value, key=value, --key value, or --key of a boolean.
 
     Takes the value of `--key value` out of rest, the arguments that follow.
@@ -193,18 +192,18 @@ def read_flag(arg, rest, defaults):
     # the name may have dashes for underscores
     name, equals, text = arg.partition("=")
     key = name.lstrip("-").replace("-", "_")
-    if key not in defaults:
-        fail(unknown_setting(key or arg, defaults))
+    if key not in settings:
+        fail(unknown_setting(key or arg, settings))
     # the value follows, unless this is the flag of a boolean
     if not equals:
-        is_flag = isinstance(defaults[key], bool)
+        is_flag = isinstance(settings[key], bool)
         if is_flag and not (rest and rest[0].lower() in ("true", "false")):
             text = "True"
         elif rest and not rest[0].startswith("--"):
             text = rest.pop(0)
         else:
             fail(f"{arg} needs a value: {arg}=...")
-    return {key: convert(key, parse(text, defaults[key]), defaults[key], f"--{key}")}
+    return {key: convert(key, parse(text, settings[key]), settings[key], f"--{key}")}
 
 
 def parse(text, default):
@@ -266,19 +265,20 @@ class Assigned(dict):
         super().__setitem__(name, value)
 
 
-def read_config(path, namespace, defaults):
+def read_config(path, script, settings, explicit):
     """Run a config file; return the settings that it assigned or changed, checked.
 
-    Settings of train.py that the running script lacks are skipped, so that one file serves every script. Other names
-    are helper variables of the file, unless they look like a misspelled setting.
+    It sees the script's globals, the settings, and those set before it as a dict, `given`. Settings of train.py that
+    the running script lacks are skipped, so that one file serves every script. Other names are helper variables of the
+    file, unless they look like a misspelled setting.
     """
     if path.endswith(".pt") or os.path.isdir(path) or not os.path.exists(path):
-        fail(f"no config file {path}" + config_hint(path, defaults))
+        fail(f"no config file {path}" + config_hint(path, settings))
     with usage_errors(), open(path, "rb") as f:
         source = f.read()
 
     # run it, in a namespace that records assignments
-    after = Assigned(namespace)
+    after = Assigned(script | settings | {"given": {name: settings[name] for name in explicit}})
     try:
         exec(compile(source, path, "exec"), after)
     except KeyboardInterrupt:
@@ -287,17 +287,17 @@ def read_config(path, namespace, defaults):
         fail(f"{path}: {type(e).__name__}: {e}")
 
     # compare: a function with `global` changes a value without an assignment that is recorded
-    changed = {name for name in defaults if after.get(name) is not namespace[name]} | after.assigned
+    changed = {name for name in settings if after.get(name) is not settings[name]} | after.assigned
     train_settings = setting_lines(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
-    for name in sorted(changed - defaults.keys() - {name for name, *_ in train_settings}):
+    for name in sorted(changed - settings.keys() - {name for name, *_ in train_settings}):
         is_variable = isinstance(after.get(name), (int, float, str)) and not name.startswith("_")
-        near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.75)
+        near = difflib.get_close_matches(name, settings, n=1, cutoff=0.75)
         if is_variable and near:
             fail(f"{path}: unknown setting {name} (did you mean {near[0]}?); call a helper variable _{name}")
-    return {name: convert(name, after.get(name), defaults[name], path) for name in sorted(changed & defaults.keys())}
+    return {name: convert(name, after.get(name), settings[name], path) for name in sorted(changed & settings.keys())}
 
 
-def config_hint(path, defaults):
+def config_hint(path, known):
     """Return the flag, or the config files, that a wrong path of a config file probably means.
 
     Example: "out", {"out_dir": ...} -> " (did you mean --out_dir=out?)"
@@ -309,7 +309,7 @@ def config_hint(path, defaults):
     if not path.endswith(".py"):
         is_run = path.startswith("out") or os.path.exists(os.path.join(path, "ckpt.pt"))
         flags = {"init_from": path.endswith(".pt"), "dataset": os.path.isdir(f"data/{path}"), "out_dir": is_run}
-        near = [shlex.quote(f"--{name}={path}") for name in flags if flags[name] and name in defaults] or near
+        near = [shlex.quote(f"--{name}={path}") for name in flags if flags[name] and name in known] or near
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 

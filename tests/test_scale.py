@@ -17,7 +17,7 @@ def scale(tiny):
 
     def run(**given):
         given = {"dataset": tiny, "block_size": 64} | given
-        return configurator.read_config("config/scale.py", defaults | given | {"given": given}, defaults)
+        return configurator.read_config("config/scale.py", {}, defaults | given, given)
 
     return run
 
