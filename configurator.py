@@ -291,9 +291,8 @@ def read_config(path, script, settings, explicit):
     train_settings = setting_lines(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
     for name in sorted(changed - settings.keys() - {name for name, *_ in train_settings}):
         is_variable = isinstance(after.get(name), (int, float, str)) and not name.startswith("_")
-        near = difflib.get_close_matches(name, settings, n=1, cutoff=0.75)
-        if is_variable and near:
-            fail(f"{path}: unknown setting {name} (did you mean {near[0]}?); call a helper variable _{name}")
+        if is_variable and difflib.get_close_matches(name, settings, cutoff=0.75):
+            fail(f"{path}: {unknown_setting(name, settings)}; call a helper variable _{name}")
     return {name: convert(name, after.get(name), settings[name], path) for name in sorted(changed & settings.keys())}
 
 
