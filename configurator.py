@@ -27,10 +27,9 @@ import time
 
 # OpenMP threads that wait spin only briefly (variable of libgomp): beside one busy process, the default makes training
 # and generation 10 to 50 times slower. Generation waits between all products, and waking its threads up takes longer
-SPIN_COUNTS = {"train.py": "5000", "sample.py": "20000"}
-SCRIPT = os.path.basename(sys.argv[0])
-if SCRIPT in SPIN_COUNTS and not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-    os.environ["GOMP_SPINCOUNT"] = SPIN_COUNTS[SCRIPT]
+spin_count = {"train.py": "5000", "sample.py": "20000"}.get(os.path.basename(sys.argv[0]))
+if spin_count and not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
+    os.environ["GOMP_SPINCOUNT"] = spin_count
 
 # huge pages for large tensors on Linux (PyTorch's variable): fewer misses when a step reads all weights
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -479,7 +478,6 @@ def read_ranks():
 
 def join_processes(device, backend, timeout):
     """Initialize the process group of torchrun; timeout of collectives in seconds."""
-    rank, _, world_size = read_ranks()
     if backend == "auto":
         backend = "nccl" if device.startswith("cuda") and dist.is_nccl_available() else "gloo"
     timeout = datetime.timedelta(seconds=timeout)
@@ -491,7 +489,7 @@ def join_processes(device, backend, timeout):
     if env("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not fresh_store:
         fail("--max-restarts on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on each")
     with usage_errors("cannot initialize the process group (set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME)"):
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         if one_node:
             store = dist.PrefixStore(f"restart {env('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         device_id = torch.device(device) if backend == "nccl" else None
