@@ -294,8 +294,8 @@ def stream_to_page(prompt, temperature, top_k, top_p, length, stop, seed=None):
         raise gr.Error(str(e), print_exception=False) from None
 
 
-def titled_page():
-    """Return a page with a heading: the model, its step and its best validation loss."""
+def build_page():
+    """Return the page: what is known of the model, then a chat or a text."""
     name, run = for_terminal(f"plainGPT: {path or init_from}"), ""
     if path:
         run += f", step {checkpoint.get('iter_num', 'unknown')}"
@@ -303,47 +303,44 @@ def titled_page():
         run += f", best validation loss {checkpoint['best_val_loss']:.4f}"
     with gr.Blocks(title=name + run, analytics_enabled=False, fill_height=True) as page:
         gr.Markdown("## " + re.sub(r"([^\w\s]|_)", r"\\\1", f"{name}\n{run[2:]}"))
+        add_chat() if chat else add_text()
     return page
 
 
-def text_page():
-    """Return the page with prompt, continuation and options."""
-    with titled_page() as page:
-        with gr.Row():
-            with gr.Column(scale=2):
-                prompt = gr.Textbox(start.strip("\n"), label="Prompt", lines=4, placeholder="Shift+Enter generates")
-                with gr.Row():
-                    generate_button = gr.Button("Generate", variant="primary", min_width=100)
-                    stop_button = gr.Button("Stop", min_width=100)
-                text, speed = gr.Textbox(label="Continuation", lines=12, buttons=["copy"]), gr.Textbox(label="Speed")
-            with gr.Column():
-                k_max, n_max = max(vocab_size, top_k), max(4000, max_new_tokens)
-                options = [
-                    gr.Slider(0, max(2, temperature), temperature, step=0.05, label="Temperature (0: greedy)"),
-                    gr.Slider(0, k_max, top_k, step=1, precision=0, label="Top-k (0: off)"),
-                    gr.Slider(0, 1, top_p, step=0.01, label="Top-p (0: off)"),
-                    gr.Slider(1, n_max, max_new_tokens, step=1, precision=0, label="Length in tokens"),
-                    gr.Textbox(stop, label="Stop at this text"),
-                    # the browser shows None as 0, but not a function's None
-                    gr.Number(lambda: None, label="Seed", placeholder="another text each time", precision=0, minimum=0),
-                ]
-        triggers = [generate_button.click, prompt.submit, options[-2].submit]
-        run = gr.on(
-            triggers, stream_to_page, [prompt, *options], [text, speed],
-            api_name="generate", concurrency_limit=None, show_progress_on=speed,
-        )  # fmt: skip
-        stop_button.click(None, cancels=run)
-    return page
+def add_text():
+    """Add prompt, continuation and options to the page."""
+    with gr.Row():
+        with gr.Column(scale=2):
+            prompt = gr.Textbox(start.strip("\n"), label="Prompt", lines=4, placeholder="Shift+Enter generates")
+            with gr.Row():
+                generate_button = gr.Button("Generate", variant="primary", min_width=100)
+                stop_button = gr.Button("Stop", min_width=100)
+            text, speed = gr.Textbox(label="Continuation", lines=12, buttons=["copy"]), gr.Textbox(label="Speed")
+        with gr.Column():
+            k_max, n_max = max(vocab_size, top_k), max(4000, max_new_tokens)
+            options = [
+                gr.Slider(0, max(2, temperature), temperature, step=0.05, label="Temperature (0: greedy)"),
+                gr.Slider(0, k_max, top_k, step=1, precision=0, label="Top-k (0: off)"),
+                gr.Slider(0, 1, top_p, step=0.01, label="Top-p (0: off)"),
+                gr.Slider(1, n_max, max_new_tokens, step=1, precision=0, label="Length in tokens"),
+                gr.Textbox(stop, label="Stop at this text"),
+                # the browser shows None as 0, but not a function's None
+                gr.Number(lambda: None, label="Seed", placeholder="another text each time", precision=0, minimum=0),
+            ]
+    triggers = [generate_button.click, prompt.submit, options[-2].submit]
+    run = gr.on(
+        triggers, stream_to_page, [prompt, *options], [text, speed],
+        api_name="generate", concurrency_limit=None, show_progress_on=speed,
+    )  # fmt: skip
+    stop_button.click(None, cancels=run)
 
 
-def chat_page():
-    """Return the page of a conversation."""
-    with titled_page() as page:
-        # without the button that shares a conversation on the Hub
-        chatbot = gr.Chatbot(show_label=False, buttons=["copy", "copy_all"], scale=1, render=False)
-        options = dict(chatbot=chatbot, api_name="chat", concurrency_limit=None, analytics_enabled=False)
-        gr.ChatInterface(chat_on_page, **options)
-    return page
+def add_chat():
+    """Add a conversation to the page."""
+    # without the button that shares a conversation on the Hub
+    chatbot = gr.Chatbot(show_label=False, buttons=["copy", "copy_all"], scale=1, render=False)
+    options = dict(chatbot=chatbot, api_name="chat", concurrency_limit=None, analytics_enabled=False)
+    gr.ChatInterface(chat_on_page, **options)
 
 
 def serve_page(page):
@@ -382,7 +379,7 @@ elif not int8:
     gpt.pack_weights(model)
 
 if serve:
-    serve_page(chat_page() if chat else text_page())
+    serve_page(build_page())
 configurator.exit_quietly_on_closed_pipe()  # not for the page: a browser may close its connection
 if chat or interactive:
     answer_lines()
