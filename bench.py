@@ -289,7 +289,7 @@ class Runner:
         n_bytes = sum(weight.nbytes for weight in weights if id(weight) not in embeddings)
         if compile:
             gpt.compile_generation(self.model)
-        elif not quantized:
+        else:
             gpt.pack_weights(self.model)
         return n_bytes
 

@@ -375,7 +375,7 @@ if int8:
 model.to(device, getattr(torch, dtype))
 if compile and configurator.can_compile(device):
     gpt.compile_generation(model)
-elif not int8:
+else:
     gpt.pack_weights(model)
 
 if serve:
