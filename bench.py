@@ -88,7 +88,7 @@ seed = 1337  # of the initial weights and the order of the data
 # -----------------------------------------------------------------------------
 config, explicit = configure(globals())
 
-FOREIGN = ("classic", "transformers")  # other implementations of the same model
+FOREIGN = ("classic", "transformers")  # settings that also measure other implementations of the same model
 GPT2_SIZES = {"gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 SHAPE = {field.name for field in dataclasses.fields(GPTConfig)} & config.keys()
 
@@ -156,10 +156,7 @@ if __name__ == "__main__":  # not in worker processes: they get the resulting se
         else:
             changes = configurator.read_config(path, globals(), config, explicit)
         models[name] = config | {"init_from": ""} | {key: changes[key] for key in changes.keys() & changeable}
-    if classic:
-        models["classic"] = config
-    if transformers:
-        models["transformers"] = config
+    models |= {name: config for name in FOREIGN if config[name]}
 
 # -----------------------------------------------------------------------------
 # a model, and what is measured of it
