@@ -177,7 +177,7 @@ def show(text, end="\n"):
 
 def reply(messages):
     """Yield the pieces of a reply to messages, without the oldest ones if the context is too short."""
-    system = [{"role": "system", "content": start}] if "start" in explicit or start != "\n" else []
+    system = [{"role": "system", "content": start}] if start != "\n" else []
     ids = template.prompt(system + messages, block_size - min(max_new_tokens, block_size // 2))
     if max(ids) >= vocab_size:
         raise ValueError(f"the prompt has token id {max(ids)}, but the model's vocabulary ends at {vocab_size - 1}")
