@@ -15,6 +15,7 @@ import ctypes
 import datetime
 import difflib
 import errno
+import functools
 import glob
 import math
 import os
@@ -496,24 +497,20 @@ def join_processes(device, backend, timeout):
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
         )
-    name_missing_ranks(store, rank, world_size)
+    sys.excepthook = functools.partial(report_missing_ranks, store, rank, world_size)
 
 
-def name_missing_ranks(store, rank, world_size):
-    """When a collective fails, print which rank does not respond, instead of a traceback."""
-
-    def report_missing(kind, error, trace):
-        if issubclass(kind, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE):
-            with contextlib.suppress(RuntimeError):  # the store may be gone, too
-                store.set(f"failed {rank}", "")
-                time.sleep(3)  # ranks that respond fail at the same time
-                missing = [str(r) for r in range(world_size) if not store.check([f"failed {r}"])]
-                if missing:
-                    print(f"error: rank {', '.join(missing)} of {world_size} does not respond", file=sys.stderr)
-                    return
-        report_error(kind, error, trace)
-
-    sys.excepthook = report_missing
+def report_missing_ranks(store, rank, world_size, kind, error, trace):
+    """Serve as sys.excepthook of a rank: if a collective failed, print which rank does not respond."""
+    if issubclass(kind, dist.DistError) or re.search("gloo|nccl", str(error), re.IGNORECASE):
+        with contextlib.suppress(RuntimeError):  # the store may be gone, too
+            store.set(f"failed {rank}", "")
+            time.sleep(3)  # ranks that respond fail at the same time
+            missing = [str(r) for r in range(world_size) if not store.check([f"failed {r}"])]
+            if missing:
+                print(f"error: rank {', '.join(missing)} of {world_size} does not respond", file=sys.stderr)
+                return
+    report_error(kind, error, trace)
 
 
 def sum_over_ranks(values, device):
