@@ -335,16 +335,12 @@ def start_runner(name, settings):
     return runner.specs
 
 
-def call_runner(method, *args):
-    return method(runner, *args)
-
-
 def call(name, method, *args):
     """Call a method of a model's Runner, in its process."""
-    if not workers:
-        return call_runner(method, *args)
+    if not workers:  # this is its process
+        return method(runner, *args)
     try:
-        return workers[name].submit(call_runner, method, *args).result()
+        return workers[name].submit(call, name, method, *args).result()
     except BrokenExecutor:
         fail(f"the process of {name} was killed, probably for lack of memory: lower --batch_size")
 
