@@ -281,9 +281,8 @@ class Runner:
         if quantized:
             gpt.quantize(self.model)
         self.model.to(ptdtype)
-        embeddings = {id(weight) for weight in gpt.embedding_weights(self.model)}
-        weights = [*self.model.parameters(), *self.model.buffers()]
-        n_bytes = sum(weight.nbytes for weight in weights if id(weight) not in embeddings)
+        modules = [m for m in self.model.modules() if not isinstance(m, torch.nn.Embedding)]  # those are looked up
+        n_bytes = sum(w.nbytes for m in modules for w in (*m.parameters(False), *m.buffers(False)))
         if compile:
             gpt.compile_generation(self.model)
         else:

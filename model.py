@@ -1264,13 +1264,6 @@ def get_num_params(model, non_embedding=True):
     return n
 
 
-def embedding_weights(model):
-    """Return the weights that are only looked up, not multiplied: one row per token."""
-    wte, wpe = model.transformer.wte.weight, model.transformer.wpe
-    weights = [] if wte is model.lm_head.weight else [wte]
-    return weights if wpe is None else [*weights, wpe.weight]
-
-
 def flops_per_token(model, T):
     """Return the FLOPs of training on one token of sequences of T tokens (PaLM, https://arxiv.org/abs/2204.02311).
 
@@ -1278,8 +1271,7 @@ def flops_per_token(model, T):
     Example: n_layer=1, n_embd=8, 896 weights, T=4 -> 6 * 896 + 12 * 8 * 4 = 5760
     """
     # products with the weights: 2 FLOPs forward, 4 backward; attention: QK^T and PV
-    skipped = {id(p) for p in embedding_weights(model)}
-    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in skipped]
+    matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     products = sum((6 if p.requires_grad else 4) * p.numel() for p in matrices)
     return products + 12 * model.config.n_layer * model.config.n_head * model.config.head_dim * T
 
