@@ -1276,15 +1276,6 @@ def flops_per_token(model, T):
     return products + 12 * model.config.n_layer * model.config.n_head * model.config.head_dim * T
 
 
-def estimate_mfu(model, fwdbwd_per_iter, dt, peak, T=None):
-    """Return the model FLOPs utilization: achieved FLOP/s as a share of `peak`.
-
-    fwdbwd_per_iter: sequences of T tokens (default block_size) processed in dt seconds.
-    """
-    T = T or model.config.block_size
-    return flops_per_token(model, T) * T * fwdbwd_per_iter / dt / peak
-
-
 # Dense bfloat16/float16 TFLOP/s with float32 accumulation, from data sheets. A key fits if all its words are in the
 # device's name; the first that fits is used.
 GPU_TFLOPS = {
@@ -1353,8 +1344,7 @@ def sum_losses(model, batches):
     return total, count
 
 
-GPT.get_num_params = get_num_params  # methods, as in nanoGPT
-GPT.estimate_mfu = estimate_mfu
+GPT.get_num_params = get_num_params  # a method, as in nanoGPT
 
 # -----------------------------------------------------------------------------
 # 11. appendix: the same mathematics, faster. Skip it: results are equal up to rounding, int8 aside

@@ -551,8 +551,8 @@ def throughput(dt):
     mfu = None
     if iter_num >= first_iter + log_interval:  # the first line includes compilation
         peak, _ = gpt.peak_flops(device, ptdtype)
-        sequences = gradient_accumulation_steps * batch_size / world_size
-        mfu = gpt.estimate_mfu(raw_model, sequences, dt, peak, block_size) if peak else None
+        flops = gpt.flops_per_token(raw_model, block_size) * tokens_per_iter / world_size  # of this rank
+        mfu = flops / dt / peak if peak else None
     return {"tokens": tokens_seen, "tokens_per_second": tokens_per_iter / dt, "mfu": mfu}
 
 
