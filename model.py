@@ -280,19 +280,15 @@ class GPT(nn.Module):
     # -------------------------------------------------------------------------
     # 5. generation
 
-    def prefill(self, idx, caches):
-        """Fill the caches with idx (B, T); return the logits (B, V) of the next token."""
-        for cache in caches:
-            cache.visible = idx.size(1)
-        logits, _ = self(idx, caches=caches)
-        return logits[:, -1]
+    def next_logits(self, context, caches):
+        """Return the logits (B, V) of the token after context (B, T).
 
-    def decode_one_token(self, token, position, caches):
-        """Append token (B,) to the caches at position; return the logits (B, V) of the next token."""
+        Only the tokens that are not in the caches yet go through the model.
+        """
+        start, end = caches[0].visible, context.size(1)
         for cache in caches:
-            cache.visible = position + 1
-        pos = torch.full((1,), position, device=token.device)
-        logits, _ = self(token[:, None], caches=caches, pos=pos)
+            cache.visible = end
+        logits, _ = self(context[:, start:], caches=caches, pos=torch.arange(start, end, device=context.device))
         return logits[:, -1]
 
     @torch.no_grad()
@@ -309,22 +305,19 @@ class GPT(nn.Module):
         block_size = self.config.block_size
         if not 1 <= slide <= block_size:
             raise ValueError(f"slide must be between 1 and block_size ({block_size}), got {slide}")
-        context, token, caches = idx[:, -block_size:], None, None
+        context, caches = idx[:, -block_size:], None
         finished = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         stop_ids = torch.tensor(stop, dtype=torch.int64, device=idx.device)
         for _ in range(max_new_tokens):
             # the context is full: drop its first tokens, which invalidates the caches
             if context.size(1) > block_size:
                 context, caches = context[:, slide:], None
-            # prefill the context, then decode one token at a time
             if caches is None:
                 # enough for all tokens; rounded up, so that compile_generation() (section 11) rarely compiles again
                 size = min(block_size, 256 * math.ceil((idx.size(1) + max_new_tokens) / 256))
                 caches = [KVCache(size) for _ in self.transformer.h]
-                logits = self.prefill(context, caches)
-            else:
-                logits = self.decode_one_token(token, context.size(1) - 1, caches)
-            # sample the next token; it is appended to the context below
+            # with empty caches this computes the whole context, else one token
+            logits = self.next_logits(context, caches)
             token = sample_next(logits, temperature, top_k, top_p, generator)
             # finished rows go on with a stop token, so that the batch stays a rectangle
             if stop:
@@ -1612,7 +1605,7 @@ def replace_linear(model, kind):
 
 
 def compile_generation(model):
-    """Compile decode_one_token(), for weights that do not change, and for one generation at a time.
+    """Compile the decoding of one token, for weights that do not change, and for one generation at a time.
 
     CUDA graphs on GPUs, autotuned kernels with prepacked weights on CPUs. The first token takes up to a minute;
     another batch size or cache size, some seconds.
@@ -1638,13 +1631,18 @@ def compile_generation(model):
     else:
         compiled_step = capture_cuda_graphs(torch.compile(step, dynamic=False))
 
-    def decode_one_token(token, position, caches):
+    eager = model.next_logits
+
+    def next_logits(context, caches):
+        if not caches[0].visible:  # the prompt, which may have any length
+            return eager(context, caches)
         for cache in caches:
             cache.visible = cache.size  # static shapes: the mask hides positions that are not filled
-        pos = torch.full((1,), position, device=token.device)
+        token = context[:, -1].clone(memory_format=torch.contiguous_format)  # another stride would be compiled again
+        pos = torch.full((1,), context.size(1) - 1, device=context.device)
         return compiled_step(token, pos, caches)
 
-    model.decode_one_token = decode_one_token
+    model.next_logits = next_logits
 
 
 def capture_cuda_graphs(step):
