@@ -625,9 +625,8 @@ def model_args(config):
     """
     # nanoGPT's GPTConfig takes its seven fields and no others
     values = asdict(config)
-    nanogpt = {name: values[name] for name in NANOGPT_FIELDS}
-    defaults = asdict(GPTConfig(**nanogpt))
-    return nanogpt | {name: value for name, value in values.items() if value != defaults[name]}
+    defaults = asdict(GPTConfig(**{name: values[name] for name in NANOGPT_FIELDS}))
+    return {name: value for name, value in values.items() if name in NANOGPT_FIELDS or value != defaults[name]}
 
 
 NANOGPT_FIELDS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
@@ -1202,7 +1201,7 @@ def read_checkpoint(path, mmap=False):
     return checkpoint
 
 
-def load_checkpoint(folder, names=(LATEST, PREVIOUS), mmap=False):
+def load_checkpoint(folder, names=(LATEST, PREVIOUS)):
     """Return the first readable checkpoint of these names in a folder, and its path.
 
     Corrupt ones are reported on stderr. FileNotFoundError if there is none, ValueError if all are corrupt.
@@ -1215,10 +1214,10 @@ def load_checkpoint(folder, names=(LATEST, PREVIOUS), mmap=False):
     # the first that can be read, or the error of the last
     for path in paths[:-1]:
         try:
-            return read_checkpoint(path, mmap), path
+            return read_checkpoint(path, mmap=True), path
         except ValueError as e:
             print(f"WARNING: {str(e).splitlines()[0]!r}; using the next one instead", file=sys.stderr)
-    return read_checkpoint(paths[-1], mmap), paths[-1]
+    return read_checkpoint(paths[-1], mmap=True), paths[-1]
 
 
 def open_checkpoint(init_from, out_dir="", names=(BEST, LATEST, PREVIOUS)):
@@ -1226,13 +1225,13 @@ def open_checkpoint(init_from, out_dir="", names=(BEST, LATEST, PREVIOUS)):
 
     'resume' is out_dir; of a folder the first readable of `names` is taken; a file is read.
     """
-    # a folder in the format of transformers or peft
     if init_from == "resume":
-        return load_checkpoint(out_dir, names, mmap=True)
+        return load_checkpoint(out_dir, names)
+    # a folder in the format of transformers or peft
     if any(os.path.exists(os.path.join(init_from, name)) for name in ("config.json", "adapter_config.json")):
         return None, None
     if os.path.isdir(init_from):
-        return load_checkpoint(init_from, names, mmap=True)
+        return load_checkpoint(init_from, names)
     if os.path.exists(init_from) or init_from.endswith(".pt"):
         return read_checkpoint(init_from, mmap=True), init_from
     # a name on the Hub
