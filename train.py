@@ -223,10 +223,10 @@ configurator.match_model(config, explicit - {"block_size", "dropout"}, model_fie
 
 # context length: as given; else the one that conversations were packed for; else the checkpoint's in training; else,
 # of a new or a Hub model, the default. Never more than the model allows
-longest, has_rope = model.config.block_size, model.config.position == "rope"
+longest = model.config.block_size
 if "block_size" not in explicit:
     if checkpoint:  # with RoPE the model may allow more
-        block_size = checkpoint.get("config", {}).get("block_size", longest) if has_rope else longest
+        block_size = checkpoint.get("config", {}).get("block_size", longest)
     block_size = min(data.block_size or block_size, longest)
 if block_size > longest:
     fail(f"--block_size={block_size} exceeds the model's {longest}")
@@ -234,7 +234,7 @@ if batch_size * block_size >= 2**31:
     fail(f"{batch_size} x {block_size} is too many tokens for a micro-batch: lower --batch_size")
 # crop new models, for which packed conversations may be too short, and learned positions; loaded RoPE models keep their
 # own block_size
-if block_size < longest and (init_from == "scratch" or not has_rope):
+if block_size < longest and (init_from == "scratch" or model.config.position != "rope"):
     if resuming and not eval_only:
         new_run = f"{shlex.quote(f'--init_from={out_dir}')} --block_size={block_size}"
         fail(f"this run has block_size {longest}: start a new one, {new_run}")
@@ -304,13 +304,12 @@ eval_settings = [dataset, block_size, eval_iters * batch_size, len(tokens["val"]
 best_val_loss, reset_best = 1e9, False
 wandb_id = None
 if resuming and not eval_only:
-    best_val_loss = float(checkpoint.get("best_val_loss", 1e9))
     wandb_id = checkpoint.get("wandb_id")
     tokens_seen = checkpoint.get("tokens_seen", iter_num * tokens_per_iter)  # nanoGPT's checkpoints have none
     # losses on other validation windows cannot be compared
     reset_best = checkpoint.get("eval_settings", eval_settings) != eval_settings
-    if reset_best:
-        best_val_loss = 1e9
+    if not reset_best:
+        best_val_loss = float(checkpoint.get("best_val_loss", 1e9))
     with usage_errors():
         gpt.load_training_state(optimizer, scaler, checkpoint)
     if "optimizer" not in checkpoint:
