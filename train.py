@@ -337,11 +337,14 @@ if use_ddp:
 packed = data.block_size is not None  # whether conversations were packed into windows
 
 
-def get_batch(tokens_seen, micro_step):
-    """Return inputs and targets (B, T): a pure function of seed, tokens seen and micro-step."""
-    first = tokens_seen // block_size + micro_step * batch_size
-    starts = train_windows(len(tokens["train"]), block_size, seed, first, batch_size, packed)
-    return load_batch(tokens["train"], starts, block_size, vocab_size, device)
+def step_windows(tokens_seen):
+    """Return where the windows of a step begin, (micro-batches, B).
+
+    They are a pure function of seed and tokens seen, so that a resumed run repeats them.
+    """
+    count = gradient_accumulation_steps * batch_size
+    starts = train_windows(len(tokens["train"]), block_size, seed, tokens_seen // block_size, count, packed)
+    return starts.reshape(gradient_accumulation_steps, batch_size)
 
 
 def set_seed(iter_num, micro_step):
@@ -454,10 +457,11 @@ def train():
         lr = get_lr(iter_num)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss_sum, weights = torch.zeros((), device=device), micro_batch_weights(tokens_seen)
+        starts = step_windows(tokens_seen)
+        loss_sum, weights = torch.zeros((), device=device), micro_batch_weights(starts)
         for micro_step in range(rank, gradient_accumulation_steps, world_size):
             set_seed(iter_num, micro_step)
-            X, Y = get_batch(tokens_seen, micro_step)
+            X, Y = load_batch(tokens["train"], starts[micro_step], block_size, vocab_size, device)
             if use_ddp:  # all-reduce in the last micro-step only; FSDP in each: unsharded gradients would not fit
                 model.require_backward_grad_sync = micro_step + world_size >= gradient_accumulation_steps
             with autocast:
@@ -497,7 +501,7 @@ def train():
         iter_num += 1
 
 
-def micro_batch_weights(tokens_seen):
+def micro_batch_weights(starts):
     """Return the weights of the micro-batches' mean losses in the step's loss.
 
     They are 1, unless conversations are packed: there the numbers of targets differ.
@@ -505,9 +509,7 @@ def micro_batch_weights(tokens_seen):
     if not packed:
         return [1.0] * gradient_accumulation_steps
     # every rank counts the targets of all ranks
-    count = gradient_accumulation_steps * batch_size
-    starts = train_windows(len(tokens["train"]), block_size, seed, tokens_seen // block_size, count, packed)
-    mask = tokens["train"].mask.windows(starts, block_size + 1)[:, 1:] == 1
+    mask = tokens["train"].mask.windows(starts.ravel(), block_size + 1)[:, 1:] == 1
     targets = mask.reshape(gradient_accumulation_steps, -1).sum(axis=1)
     return (targets * gradient_accumulation_steps / max(1, targets.sum())).tolist()
 
