@@ -238,12 +238,13 @@ class GPT(nn.Module):
         return_logits=False saves the memory of the logits and returns None for them.
         Without targets: logits (B, 1, V) of the last position, and None.
         caches: one KVCache per layer, whose `visible` already includes the new tokens.
-        pos: positions (T,) of the tokens; default 0 .. T - 1.
+        pos: positions (T,) of the tokens; default: the last T of the visible ones, 0 .. T - 1 without caches.
         """
         B, T = idx.size()
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens exceed the model's block_size of {self.config.block_size}")
-        pos = torch.arange(T, device=idx.device) if pos is None else pos
+        S = caches[0].visible if caches else T
+        pos = torch.arange(S - T, S, device=idx.device) if pos is None else pos
 
         # token embeddings, and either position embeddings or rotations
         x = self.transformer.wte(idx)  # (B, T, C)
@@ -258,7 +259,6 @@ class GPT(nn.Module):
         # attention() needs no mask for S == T, where it is causal by itself, and for one token after S - 1 cached ones,
         # which attends to all. Else a query at position p may attend to keys 0 .. p: several tokens after cached ones,
         # or compiled decoding, where all slots of the cache are visible, and the mask hides those not filled yet
-        S = caches[0].visible if caches else T
         mask = None
         if S > T and (T > 1 or S == caches[0].size):
             mask = pos[:, None] >= torch.arange(S, device=idx.device)  # (T, S)
@@ -285,10 +285,10 @@ class GPT(nn.Module):
 
         Only the tokens that are not in the caches yet go through the model.
         """
-        start, end = caches[0].visible, context.size(1)
+        new = context[:, caches[0].visible :]
         for cache in caches:
-            cache.visible = end
-        logits, _ = self(context[:, start:], caches=caches, pos=torch.arange(start, end, device=context.device))
+            cache.visible = context.size(1)
+        logits, _ = self(new, caches=caches)
         return logits[:, -1]
 
     @torch.no_grad()
