@@ -338,13 +338,19 @@ packed = data.block_size is not None  # whether conversations were packed into w
 
 
 def step_windows(tokens_seen):
-    """Return where the windows of a step begin, (micro-batches, B).
+    """Return the windows of a step and the weights of its micro-batches.
 
-    They are a pure function of seed and tokens seen, so that a resumed run repeats them.
+    Where windows begin, (micro-batches, B), is a pure function of seed and tokens seen, so that a resumed run repeats
+    them. The weights, of the mean losses, are 1, unless conversations are packed: there the numbers of targets differ.
     """
     count = gradient_accumulation_steps * batch_size
     starts = train_windows(len(tokens["train"]), block_size, seed, tokens_seen // block_size, count, packed)
-    return starts.reshape(gradient_accumulation_steps, batch_size)
+    weights = [1.0] * gradient_accumulation_steps
+    if packed:  # every rank counts the targets of all ranks
+        mask = tokens["train"].mask.windows(starts, block_size + 1)[:, 1:] == 1
+        targets = mask.reshape(gradient_accumulation_steps, -1).sum(axis=1)
+        weights = (targets * gradient_accumulation_steps / max(1, targets.sum())).tolist()
+    return starts.reshape(gradient_accumulation_steps, batch_size), weights
 
 
 def set_seed(iter_num, micro_step):
@@ -457,8 +463,8 @@ def train():
         lr = get_lr(iter_num)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        starts = step_windows(tokens_seen)
-        loss_sum, weights = torch.zeros((), device=device), micro_batch_weights(starts)
+        loss_sum = torch.zeros((), device=device)
+        starts, weights = step_windows(tokens_seen)
         for micro_step in range(rank, gradient_accumulation_steps, world_size):
             set_seed(iter_num, micro_step)
             X, Y = load_batch(tokens["train"], starts[micro_step], block_size, vocab_size, device)
@@ -499,19 +505,6 @@ def train():
             run.log({"loss": loss, "lr": lr, "grad_norm": grad_norm if math.isfinite(grad_norm) else None} | speed)
             print0(progress_line(loss, lr, grad_norm, dt, speed, second_step_began), progress=True)
         iter_num += 1
-
-
-def micro_batch_weights(starts):
-    """Return the weights of the micro-batches' mean losses in the step's loss.
-
-    They are 1, unless conversations are packed: there the numbers of targets differ.
-    """
-    if not packed:
-        return [1.0] * gradient_accumulation_steps
-    # every rank counts the targets of all ranks
-    mask = tokens["train"].mask.windows(starts.ravel(), block_size + 1)[:, 1:] == 1
-    targets = mask.reshape(gradient_accumulation_steps, -1).sum(axis=1)
-    return (targets * gradient_accumulation_steps / max(1, targets.sum())).tolist()
 
 
 def sample_text():
