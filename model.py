@@ -1106,7 +1106,6 @@ def save_adapter(model, folder):
     They fit the base model as save_pretrained() exports it; the errors are the same.
     """
     import safetensors.torch
-    from peft import LoraConfig
 
     model_type = to_hf_config(model.config, {}).model_type
     weights = {}
@@ -1118,10 +1117,9 @@ def save_adapter(model, folder):
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "adapter_model.safetensors")
     safetensors.torch.save_file(weights, path, metadata={"format": "pt"})
-    LoraConfig(
-        task_type="CAUSAL_LM", base_model_name_or_path=model.lora["base"], target_modules=sorted(targets),
-        r=model.lora["rank"], lora_alpha=model.lora["alpha"], lora_dropout=model.lora["dropout"],
-        fan_in_fan_out=model_type == "gpt2", inference_mode=True,
+    replace(
+        model.peft_config["default"], task_type="CAUSAL_LM", base_model_name_or_path=model.lora["base"],
+        target_modules=sorted(targets), fan_in_fan_out=model_type == "gpt2", inference_mode=True,
     ).save_pretrained(folder)  # fmt: skip
     shutil.copymode(os.path.join(folder, "adapter_config.json"), path)  # written for the owner only
 
