@@ -830,7 +830,7 @@ except Exception as e:
     if distributed:
         dist.destroy_process_group()
     # without the other ranks, save the state after the last whole step
-    if iter_num > run.saved_iter and not eval_only:
+    if run.should_save(iter_num, stopping=True):
         run.save(LATEST)
 run.wait()
 
