@@ -65,7 +65,7 @@ def test_nanogpt_and_transformers_in_turns(bench, tiny, tmp_path):
 
 def test_compare_changes_the_model_and_not_the_batches(bench, tiny, tmp_path):
     (tmp_path / "checkpointed.py").write_text("gradient_checkpointing = True\nbatch_size = 1\nblock_size = 8\n")
-    shape = ["--n_layer=8", "--n_head=2", "--n_embd=64", "--block_size=256", "--batch_size=16", "--dtype=float32"]
+    shape = ["--n_layer=8", "--n_head=2", "--n_embd=64", "--block_size=256", "--batch_size=32", "--dtype=float32"]
     compare = f"--compare={tmp_path / 'checkpointed.py'},config/modern.py"
     _, results = bench(*shape, f"--dataset={tiny}", "--steps=3", "--decode_tokens=0", compare)
     plain, checkpointed, modern = (results[f"train {name}"] for name in ("plainGPT", "checkpointed", "modern"))
