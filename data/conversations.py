@@ -9,6 +9,7 @@ assistant's turns and the tokens that end them. Each window has block_size + 1 t
 conversations as fit, then padding.
 """
 
+import bisect
 import collections
 import contextlib
 import functools
@@ -177,23 +178,18 @@ def pack(items, window):
     Each item is appended to the fullest of the OPEN windows that has room.
     Example: lengths 3, 2, 1 and window 4 -> windows of 3 + 1 and 2
     """
-    waiting = {"train": [], "val": []}  # lists of [room, items]
-    for split, ids, mask in items:
-        fits = [w for w in waiting[split] if w[0] >= len(ids)]
-        if fits:
-            best = min(fits, key=lambda w: w[0])
-        else:
-            best = [window, []]
-            waiting[split].append(best)
-        best[0] -= len(ids)
-        best[1].append((ids, mask))
-        if len(waiting[split]) > OPEN or best[0] == 0:
-            fullest = min(waiting[split], key=lambda w: w[0])
-            waiting[split] = [w for w in waiting[split] if w is not fullest]
-            yield split, fullest[1]
+    waiting = {"train": [], "val": []}  # sorted lists of (room, number of the first item, items)
+    for number, (split, ids, mask) in enumerate(items):
+        windows = waiting[split]
+        i = bisect.bisect_left(windows, (len(ids),))
+        room, first, packed = windows.pop(i) if i < len(windows) else (window, number, [])
+        packed.append((ids, mask))
+        bisect.insort(windows, (room - len(ids), first, packed))
+        if len(windows) > OPEN or windows[0][0] == 0:
+            yield split, windows.pop(0)[2]
     for split, windows in waiting.items():
-        for _, conversations in windows:
-            yield split, conversations
+        for _, _, packed in sorted(windows, key=lambda w: w[1]):
+            yield split, packed
 
 
 def encode_all(corpus, args, template, counts):
