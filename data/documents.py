@@ -125,6 +125,7 @@ class Files:
                 for text, ends in self.texts(raw, path):
                     self.counts["characters"] += len(text)
                     self.counts["NUL bytes"] += text.count("\0")
+                    self.check()
                     self.bytes_read = start + raw.tell()
                     for i in range(0, len(text), LONGEST):
                         yield Piece(text[i : i + LONGEST], ends and i + LONGEST >= len(text), split)
@@ -146,7 +147,7 @@ class Files:
         return open(path, "rb")
 
     def texts(self, raw, path):
-        """Yield (text, whether a document ends with it) of an open file, and count rows without a text."""
+        """Yield (text, whether a document ends with it) of an open file; "" for bad rows, which it counts."""
         reader = READERS.get(self.format or extension(path), read_text)
         file = raw if reader is read_parquet else decompress(raw, path)
         if reader is read_text:
@@ -156,15 +157,13 @@ class Files:
             self.counts["rows"] += 1
             self.counts["bytes of rows"] += size
             try:
-                text = self.text_of(row)
+                text = self.edit(self.text_of(row))
             except ValueError as e:
                 self.first_bad = self.first_bad or f"{where} of {path}: {e}"
                 self.counts["bad rows"] += 1
                 self.counts["bytes of bad rows"] += size
-                self.check(final=False)
-                continue
-            if text:
-                yield self.edit(text), True
+                text = ""
+            yield text, True
 
     def text_of(self, row):
         """Return the text of a row. ValueError if it has none."""
@@ -181,7 +180,7 @@ class Files:
         self.counts["undecodable bytes"] += error.end - error.start
         return "\N{REPLACEMENT CHARACTER}", error.end
 
-    def check(self, final):
+    def check(self, final=False):
         """Raise ValueError if more than max_bad is bad; unless `final`, only once there is enough to judge by."""
         limits = [
             ("bad rows", "rows", 10**5, self.first_bad),

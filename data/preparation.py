@@ -297,7 +297,6 @@ def read(corpus, args, state, title):
         for piece, position in read_after(corpus, state, args.num_samples or math.inf):
             yield piece, piece.split or split_of(piece.text, args.val_share), position
             bar.update(piece.ends if args.num_samples else corpus.bytes_read - bar.n)
-            corpus.check(final=False)
     corpus.check(final=True)
 
 
