@@ -330,7 +330,6 @@ def encode_batch(tokenizer, lengths, val_share, item):
     lengths: bytes per token (vocab_size,)
     """
     position, batch = item
-    begin = [] if tokenizer.special_tokens is None else tokenizer.bos  # an older version went on without it
     end = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
     parts = collections.defaultdict(list)
     encoded = tokenizer.encode_documents([piece.text for piece, *_ in batch])
@@ -341,7 +340,7 @@ def encode_batch(tokenizer, lengths, val_share, item):
             n_val = np.searchsorted(np.cumsum(lengths[ids][::-1]), n_bytes, side="right")
             ids_of = {"train": ids[: len(ids) - n_val], "val": ids[len(ids) - n_val :]}
         for i, name in enumerate(ids_of):
-            parts[name] += [begin if begins and i == 0 else [], ids_of[name], end if name in ends else []]
+            parts[name] += [tokenizer.bos if begins and i == 0 else [], ids_of[name], end if name in ends else []]
     return position, {split: np.concatenate(ids).astype(np.int64) for split, ids in parts.items()}
 
 
