@@ -184,7 +184,7 @@ def begin(folder, recipe, force):
         return state
 
     # overwrite another dataset only with --force
-    exists = state or meta or glob.glob(os.path.join(glob.escape(folder), "*.bin"))
+    exists = state or meta or glob.glob("*.bin", root_dir=folder)
     before = state.recipe if state else meta.get("recipe", {})
     if exists and before != recipe and not force:
         changed = [f"--{name}={value}" for name, value in before.items() if value != recipe.get(name)]

@@ -368,7 +368,7 @@ def eval_windows(n_tokens, block_size, count, packed=False):
     Example: n_tokens=100, block_size=10, count=4 -> [0, 20, 40, 60]
     """
     stride = block_size + int(packed)
-    available = n_tokens // stride if packed else (n_tokens - 1) // stride
+    available = (n_tokens - block_size - 1) // stride + 1  # the last one fits, too
     count = min(count, available)
     return np.arange(count) * available // count * stride
 

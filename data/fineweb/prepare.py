@@ -18,13 +18,13 @@ import os
 import shutil
 import sys
 
-import numpy as np
 from tqdm import tqdm
 
 here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, "..", ".."))
 from data.documents import Files  # noqa: E402
 from data.preparation import CORPUS, prepare_script, sha256_of, write, write_dataset  # noqa: E402
+from data.shards import read_header  # noqa: E402
 from data.tokenizer import GPT2  # noqa: E402
 
 HUB = "hf://datasets/HuggingFaceFW/fineweb/sample/10BT/*.parquet"
@@ -55,7 +55,7 @@ def fetch(name):
         except Exception as e:  # the network raises many types
             raise OSError(f"cannot download {name} of {READY} ({e}); run the same command again to resume") from None
         os.replace(os.path.join(DOWNLOADS, name), path)
-    return {"tokens": int(np.fromfile(path, "<i4", 3)[2]), "sha256": sha256_of(path)}
+    return {"tokens": read_header(path)[2], "sha256": sha256_of(path)}
 
 
 if __name__ == "__main__":
