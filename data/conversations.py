@@ -18,7 +18,7 @@ import tempfile
 
 import numpy as np
 
-from data.documents import LONGEST, READERS, Files, extension, read_text
+from data.documents import LONGEST, Files
 from data.preparation import State, TokenFiles, describe, fraction, load_tokenizer, make_recipe, read, write
 from data.tokenizer import as_value_error, for_terminal, with_chat_template
 
@@ -69,11 +69,6 @@ class Conversations(Files):
     def __init__(self, splits, args):
         super().__init__(splits, args)
         self.column = None  # all of them
-
-    def texts(self, raw, path):
-        if READERS.get(self.format or extension(path), read_text) is read_text:
-            raise ValueError("conversations are in jsonl, json, parquet or csv files; use --format=jsonl")
-        return super().texts(raw, path)
 
     def text_of(self, row):
         text = json.dumps(to_messages(row), ensure_ascii=False)

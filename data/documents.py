@@ -151,6 +151,8 @@ class Files:
         reader = READERS.get(self.format or extension(path), read_text)
         file = raw if reader is read_parquet else decompress(raw, path)
         if reader is read_text:
+            if self.column is None:
+                raise ValueError("conversations are in jsonl, json, parquet or csv files; use --format=jsonl")
             yield from read_text(file)
             return
         for where, row, size in reader(file, self.column):
