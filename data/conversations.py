@@ -2,7 +2,7 @@
 Turn conversations into a dataset folder: windows of whole conversations, and a loss mask.
 
     with prepare_script(__doc__, "inputs", ...) as args:
-        write_conversations(folder, {None: args.inputs}, args, source="where they are from")
+        write_conversations(folder, {None: args.inputs}, args)
 
 The tokenizer's chat template turns messages into text: its own, or the one in data/tokenizer.py. Learned are the
 assistant's turns and the tokens that end them. Each window has block_size + 1 tokens and contains as many whole
@@ -208,11 +208,11 @@ def encode_all(corpus, args, template, counts):
             yield split, ids, mask
 
 
-def write_conversations(folder, splits, args, source):
+def write_conversations(folder, splits, args):
     """Write the conversations of Conversations(splits, args) into a dataset folder, which is replaced at the end."""
     corpus = Conversations(splits, args)
     recipe = make_recipe(corpus, args) | {"block_size": args.block_size}
-    write(folder, recipe, args.force, source, functools.partial(encode, folder, corpus, args))
+    write(folder, recipe, args.force, corpus.source, functools.partial(encode, folder, corpus, args))
 
 
 def encode(folder, corpus, args, state):

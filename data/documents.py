@@ -5,6 +5,7 @@ Both have
 
     parts           what is read in sequence, files for example
     pieces(part)    yields the documents of a part as Pieces
+    source          where the text is from, for meta.json
     identity        a hash that differs between corpora, computed without the network
     size(first)     bytes of the parts from `first` on
     bytes_read      of all parts, for a progress bar
@@ -57,8 +58,8 @@ class Texts:
     parts = [None]
     by_share = False
 
-    def __init__(self, pieces, identity=None):
-        self.list = pieces
+    def __init__(self, pieces, source, identity=None):
+        self.list, self.source = pieces, source
         self.identity = identity or hashlib.sha256(repr(pieces).encode("utf-8", "replace")).hexdigest()
 
     def size(self, first=0):
@@ -88,6 +89,7 @@ class Files:
         self.column, self.format, self.max_bad, self.edit = args.column, args.format, args.max_bad, edit
         self.bytes_read, self.counts = 0, collections.Counter()
         self.first_bad = ""  # describes the first bad row
+        self.source = " ".join(pattern for patterns in splits.values() for pattern in patterns)
 
         # list the files; those on the Hub are listed only when they are read
         self.found = []

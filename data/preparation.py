@@ -2,7 +2,7 @@
 Turn documents into a dataset folder: what the prepare scripts share.
 
     with prepare_script(__doc__, *CORPUS) as args:
-        write_dataset(folder, Files({None: [args.input]}, args), args, source="where the text is from")
+        write_dataset(folder, Files({None: [args.input]}, args), args)
 
 Documents are read in sequence, tokenized by threads (tokenizers are Rust and C++ code that releases the GIL) and
 written in the same order. Memory use does not grow with the corpus. The same input gives the same files, for any number
@@ -143,9 +143,9 @@ class State:
         write_json(os.path.join(folder, PREPARING), vars(self))
 
 
-def write_dataset(folder, corpus, args, source):
+def write_dataset(folder, corpus, args):
     """Tokenize the documents of a corpus, Texts or Files, into a dataset folder."""
-    write(folder, make_recipe(corpus, args), args.force, source, functools.partial(encode, folder, corpus, args))
+    write(folder, make_recipe(corpus, args), args.force, corpus.source, functools.partial(encode, folder, corpus, args))
 
 
 def write(folder, recipe, force, source, encode):

@@ -71,7 +71,7 @@ def tiny(tmp_path_factory):
     """Folder of a character-level dataset of some thousand tokens."""
     folder = str(tmp_path_factory.mktemp("tiny"))
     pieces = [Piece(TEXT * 40, False, "train"), Piece(TEXT * 5, False, "val")]
-    write_dataset(folder, Texts(pieces), options(tokenizer="char"), "a test")
+    write_dataset(folder, Texts(pieces, "a test"), options(tokenizer="char"))
     return folder
 
 

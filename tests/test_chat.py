@@ -59,7 +59,7 @@ def questions(tmp_path_factory):
 
 
 def prepare(folder, *paths, **flags):
-    write_conversations(str(folder), {None: [str(path) for path in paths]}, options(**flags), "a test")
+    write_conversations(str(folder), {None: [str(path) for path in paths]}, options(**flags))
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_killed_prepare_script_leaves_the_dataset_before(questions, tmp_path, st
         "from conftest import options; from data.conversations import write_conversations;"
         "import data.preparation as c; import time; c.sha256_of = lambda path: time.sleep(60);"
         f"write_conversations({str(folder)!r}, {{None: [{str(questions.path)!r}]}},"
-        " options(tokenizer='char', block_size=80, force=True), 'x')"
+        " options(tokenizer='char', block_size=80, force=True))"
     )
     process = start_process("-c", code, env={"PYTHONPATH": f".{os.pathsep}tests"})
     deadline = time.monotonic() + 60

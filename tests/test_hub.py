@@ -407,7 +407,7 @@ def test_documents_and_prompts_have_the_same_special_tokens(tmp_path):
     cut += [Piece("long " * 4, False, "train"), Piece("long " * 5, True, "train")]
     for recognized in (False, True):
         settings = options(tokenizer=str(tmp_path / "in"), special_tokens=recognized)
-        write_dataset(str(tmp_path / f"{recognized}"), Texts(cut), settings, "a test")
+        write_dataset(str(tmp_path / f"{recognized}"), Texts(cut, "a test"), settings)
         data = Dataset(str(tmp_path / f"{recognized}"))
         expected = [[*fast(text, split_special_tokens=not recognized)["input_ids"], 1] for text in texts]
         train = data.split("train")
@@ -418,7 +418,7 @@ def test_documents_and_prompts_have_the_same_special_tokens(tmp_path):
     # a description without the record: as before
     assert from_name(str(tmp_path / "in")).prompt("a</s>").tolist() == fast("a</s>")["input_ids"]
     with pytest.raises(ValueError, match="--special_tokens: a char tokenizer"):
-        write_dataset(str(tmp_path / "x"), Texts(cut), options(tokenizer="char", special_tokens=True), "a test")
+        write_dataset(str(tmp_path / "x"), Texts(cut, "a test"), options(tokenizer="char", special_tokens=True))
 
 
 ADDED = {"content": "<|endoftext|>", "__type": "AddedToken"}
@@ -449,7 +449,7 @@ def test_transformers_folder_is_finetuned_and_exported(script, tiny_run, tiny, t
     assert tokenizer.eot == 1 and tokenizer.prompt("a").tolist() == fast("a")["input_ids"]
     assert len(tokenizer.prompt("a")) == 2 and len(tokenizer.encode("a")) == 1
     pieces = [Piece(TEXT * 40, False, "train"), Piece(TEXT * 5, False, "val")]
-    write_dataset(str(tmp_path / "data"), Texts(pieces), options(tokenizer=str(tmp_path / "in")), "a test")
+    write_dataset(str(tmp_path / "data"), Texts(pieces, "a test"), options(tokenizer=str(tmp_path / "in")))
     flags = [flag for flag in tiny_run.flags if not flag.startswith(("--n_", "--dataset"))]
     begin = [*flags, f"--init_from={tmp_path / 'in'}", "--sample_interval=20"]
     result = script("train.py", *begin, f"--dataset={tmp_path / 'data'}", "--gradient_checkpointing")

@@ -81,7 +81,7 @@ def texts_of(corpus):
 def make(folder, *paths, **changed):
     """Prepare files as data/text does, and return the dataset."""
     args = {"tokenizer": "bpe:300", **changed}
-    write_dataset(str(folder), corpus_of(*paths, **args), options(**args), "a test")
+    write_dataset(str(folder), corpus_of(*paths, **args), options(**args))
     return Dataset(str(folder))
 
 
@@ -262,7 +262,7 @@ def test_texts_longer_than_the_limit_are_read_in_pieces(tmp_path, monkeypatch, o
     assert texts_of(corpus_of(rows)) == [text[:100], text[100:200], text[200:]]
     other = str(shutil.copy(rows, tmp_path / "b.jsonl"))
     args = options(tokenizer="char")
-    write_dataset(str(tmp_path / "x"), Files({"train": [str(rows)], "val": [other]}, args), args, "a test")
+    write_dataset(str(tmp_path / "x"), Files({"train": [str(rows)], "val": [other]}, args), args)
     assert streams(Dataset(str(tmp_path / "x"))) == [text + "\n"] * 2
 
 
@@ -493,7 +493,7 @@ def test_tokens_are_those_of_the_documents_one_by_one(tmp_path, small_batches):
 
 def test_texts_keep_their_splits_without_separators(tmp_path):
     pieces = [Piece("abc", False, "train"), Piece("ca", False, "val"), Piece("b", False, "train")]
-    write_dataset(str(tmp_path), Texts(pieces), options(tokenizer="char"), "a test")
+    write_dataset(str(tmp_path), Texts(pieces, "a test"), options(tokenizer="char"))
     assert streams(Dataset(str(tmp_path))) == ["abcb", "ca"]
 
 
@@ -628,7 +628,7 @@ from data import preparation
 from data.documents import Files
 preparation.SAVE_EVERY, preparation.BATCH = 0, 30_000
 args = SimpleNamespace(**{vars(options(tokenizer="bpe:300"))!r})
-preparation.write_dataset(sys.argv[1], Files({{None: sys.argv[2:]}}, args), args, "a test")
+preparation.write_dataset(sys.argv[1], Files({{None: sys.argv[2:]}}, args), args)
 """
     command = [sys.executable, "-c", code, tmp_path / "killed", path]
     state = tmp_path / "killed" / "preparing.json"

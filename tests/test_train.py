@@ -340,7 +340,7 @@ def test_resume_on_other_data_starts_a_new_best(train, tiny_run, finished, tmp_p
     characters = finished["tokenizer"]["characters"]
     text = "".join(np.random.default_rng(0).choice(list(characters), 3000))
     pieces = [Piece(characters + text, False, "train"), Piece(text[:1000], False, "val")]
-    write_dataset(str(tmp_path / "other"), Texts(pieces), options(tokenizer="char"), "a test")
+    write_dataset(str(tmp_path / "other"), Texts(pieces, "a test"), options(tokenizer="char"))
     flags = [f"--dataset={tmp_path / 'other'}", "--init_from=resume", "--max_iters=24", "--eval_interval=2"]
     assert "best val loss restarts" in train(tiny_run.flags, *flags).out
     best = read_checkpoint(tiny_run.out / BEST)

@@ -35,4 +35,4 @@ if __name__ == "__main__":
     with prepare_script(__doc__, *flags, name="chat") as args:
         folder = os.path.join(os.path.dirname(here), args.name)
         splits = {"train": args.inputs, "val": [args.val]} if args.val else {None: args.inputs}
-        write_conversations(folder, splits, args, source=" ".join(args.inputs))
+        write_conversations(folder, splits, args)

@@ -63,8 +63,7 @@ if __name__ == "__main__":
         if not 1 <= args.files <= 103:
             raise ValueError(f"--files={args.files} is not between 1 and 103")
         if not args.pretokenized:
-            source = args.input or HUB
-            write_dataset(here, Files({None: [source]}, args), args, source)
+            write_dataset(here, Files({None: [args.input or HUB]}, args), args)
         elif args.input or args.num_samples or args.shard_tokens or args.tokenizer != "gpt2":
             raise ValueError("--pretokenized has GPT-2 tokens and takes no options except --files and --force")
         else:

@@ -21,5 +21,4 @@ HUB = "hf://datasets/Skylion007/openwebtext/plain_text/train-*.parquet"
 
 if __name__ == "__main__":
     with prepare_script(__doc__, "input", *CORPUS, val_share=0.0005) as args:
-        source = args.input or HUB
-        write_dataset(here, Files({None: [source]}, args), args, source)
+        write_dataset(here, Files({None: [args.input or HUB]}, args), args)

@@ -70,4 +70,4 @@ if __name__ == "__main__":
             held_out = hashlib.sha256(name.encode()).digest()[0] < 26  # of 256
             pieces.append(Piece(to_ascii(text).strip() + "\n\n\n", False, "val" if held_out else "train"))
         source = f"documentation of Python {sys.version.split()[0]}"
-        write_dataset(here, Texts(pieces, identity="documentation of Python"), args, source)
+        write_dataset(here, Texts(pieces, source, identity="documentation of Python"), args)

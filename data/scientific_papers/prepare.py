@@ -85,4 +85,4 @@ if __name__ == "__main__":
             args.num_samples = args.num_samples or 1000
             source = fetch(args.query, args.num_samples)
         corpus = Files({None: [source]}, args, edit=lambda text: " ".join(text.split()))
-        write_dataset(here, corpus, args, source)
+        write_dataset(here, corpus, args)

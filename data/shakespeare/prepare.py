@@ -35,7 +35,7 @@ def prepare(folder, args):
     # the last tenth for validation, without an end of text
     text = raw.decode("utf-8")
     n = int(len(text) * 0.9)
-    write_dataset(folder, Texts([Piece(text[:n], False, "train"), Piece(text[n:], False, "val")]), args, source=URL)
+    write_dataset(folder, Texts([Piece(text[:n], False, "train"), Piece(text[n:], False, "val")], source=URL), args)
 
 
 def download(path):

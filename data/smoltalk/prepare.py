@@ -22,4 +22,4 @@ HUB = "hf://datasets/HuggingFaceTB/smoltalk/data/all/train-*.parquet"
 if __name__ == "__main__":
     flags = ("input", "block_size", "val_share", "num_samples", "max_bad")
     with prepare_script(__doc__, *flags, tokenizer="HuggingFaceTB/SmolLM2-135M") as args:
-        write_conversations(here, {None: [args.input or HUB]}, args, source=args.input or HUB)
+        write_conversations(here, {None: [args.input or HUB]}, args)

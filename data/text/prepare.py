@@ -36,4 +36,4 @@ if __name__ == "__main__":
             raise ValueError("--num_samples needs documents of one kind; use it without --val")
         folder = os.path.join(os.path.dirname(here), args.name)
         splits = {"train": args.inputs, "val": [args.val]} if args.val else {None: args.inputs}
-        write_dataset(folder, Files(splits, args), args, source=" ".join(args.inputs))
+        write_dataset(folder, Files(splits, args), args)

@@ -26,4 +26,4 @@ if __name__ == "__main__":
         splits = {"train": [HUB + "train-*.parquet"], "val": [HUB + "validation-*.parquet"]}
         if args.input or args.num_samples:
             splits = {None: [args.input or HUB + "train-*.parquet"]}
-        write_dataset(here, Files(splits, args), args, source=args.input or HUB)
+        write_dataset(here, Files(splits, args), args)
