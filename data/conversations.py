@@ -187,7 +187,7 @@ def pack(items, window):
             yield split, packed
 
 
-def encode_all(corpus, args, template, counts):
+def encode_all(corpus, args, template):
     """Yield (split, ids, mask) of each conversation with a reply, and count those left out and truncated."""
     with contextlib.closing(read(corpus, args, State({}), "preparing")) as pieces:
         for piece, _, _ in pieces:
@@ -196,15 +196,15 @@ def encode_all(corpus, args, template, counts):
                 ids, mask = template.encode_conversation(json.loads(piece.text))
             except ValueError as e:
                 corpus.first_bad = corpus.first_bad or str(e)
-                counts["refused by the template or tokenizer"] += 1
+                corpus.counts["conversations refused by the template or tokenizer"] += 1
                 continue
             truncated = len(ids) > args.block_size + 1
             ids, mask = ids[: args.block_size + 1], mask[: args.block_size + 1]
             if not mask.any():
-                counts["too long for a reply" if truncated else "without a reply"] += 1
+                problem = "too long for a reply" if truncated else "without a reply"
+                corpus.counts[f"conversations {problem}"] += 1
                 continue
-            counts["truncated"] += truncated
-            counts[split] += 1
+            corpus.counts["conversations truncated"] += truncated
             yield split, ids, mask
 
 
@@ -223,8 +223,9 @@ def encode(folder, corpus, args, state):
     window, padding = args.block_size + 1, tokenizer.eot or 0
     tokens = dict.fromkeys(("train", "val", "train_mask", "val_mask"), 0)
     files = TokenFiles(folder, tokenizer.vocab_size, 0, tokens)
-    for split, conversations in pack(encode_all(corpus, args, template, counts), window):
+    for split, conversations in pack(encode_all(corpus, args, template), window):
         ids, mask = (np.concatenate(parts) for parts in zip(*conversations, strict=True))
+        counts[split] += len(conversations)
         counts["learned"] += int(mask.sum())
         counts["padding"] += window - len(ids)
         files.write(split, np.pad(ids, (0, window - len(ids)), constant_values=padding))
@@ -235,10 +236,11 @@ def encode(folder, corpus, args, state):
             raise ValueError(f"no conversation with a reply for {split}{hint}")
 
     # report what was left out, and how much is learned
-    left_out = {f"conversations {name}": n for name, n in counts.items() if " " in name or name == "truncated"}
-    left_out = {name: n for name, n in (left_out | {"bad rows": corpus.counts["bad rows"]}).items() if n}
+    left_out = {name: n for name, n in corpus.counts.items() if n and name.startswith(("conversations", "bad rows"))}
     for name, n in left_out.items():
-        print(for_terminal(f"{n:,} {name}" + (f" (first: {corpus.first_bad})" if corpus.first_bad else "")))
+        print(f"{n:,} {name}")
+    if corpus.first_bad:
+        print(for_terminal(f"first problem: {corpus.first_bad}"))
     total = tokens["train"] + tokens["val"]
     print(f"{counts['learned'] / total:.1%} of the tokens are learned, {counts['padding'] / total:.1%} are padding")
     documents = {split: counts[split] for split in ("train", "val")}
