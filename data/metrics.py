@@ -41,17 +41,16 @@ def plot_losses(folders, path):
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
     for i, folder in enumerate(runs):
+        records = read_metrics(folder)
         color, label = f"C{i}", folder.replace("$", r"\$")  # not mathematics
-        points = {}
-        for key in ("loss", "val/loss"):
-            points[key] = [(r["iter"], r[key]) for r in read_metrics(folder) if isinstance(r.get(key), float)]
-        if points["loss"]:
-            axes.plot(*zip(*points["loss"], strict=True), color=color, alpha=0.4)
-        if points["val/loss"]:
-            step, best = min(points["val/loss"], key=lambda point: point[1])
-            axes.plot(
-                *zip(*points["val/loss"], strict=True), color=color, marker=".", label=f"{label}: best {best:.4f}"
-            )
+        train, val = (
+            [(r["iter"], r[key]) for r in records if isinstance(r.get(key), float)] for key in ("loss", "val/loss")
+        )
+        if train:
+            axes.plot(*zip(*train, strict=True), color=color, alpha=0.4)
+        if val:
+            step, best = min(val, key=lambda point: point[1])
+            axes.plot(*zip(*val, strict=True), color=color, marker=".", label=f"{label}: best {best:.4f}")
             axes.plot(step, best, color=color, marker="o")
     axes.set(title="training (pale) and validation loss", xlabel="step", ylabel="loss, nats per token")
     axes.legend()
