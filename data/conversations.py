@@ -248,11 +248,11 @@ def encode(folder, corpus, args, state):
 
 
 def contents(corpus, args, size):
-    """Yield texts to make a tokenizer from: about `size` characters of messages, or all for None."""
+    """Yield texts to make a tokenizer from: about `size` characters of messages."""
     yield "system\nuser\nassistant\n"
     for piece, _, _ in read(corpus, args, State({}), f"reading for {args.tokenizer}"):
         for message in json.loads(piece.text):
             yield message["content"]
-            size = size and max(1, size - len(message["content"]))
-        if size == 1:
+            size -= len(message["content"])
+        if size < 0:
             break

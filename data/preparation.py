@@ -369,17 +369,17 @@ def load_tokenizer(name, texts=None):
 
 
 def sample_texts(corpus, args, size):
-    """Yield texts to make a tokenizer from: about `size` characters for training, or all documents for None."""
-    share = 1 if size is None or args.num_samples else size / max(1, corpus.size())
-    characters = 0
+    """Yield texts to make a tokenizer from: about `size` characters for training, or for infinity all documents."""
+    everything = size == math.inf
+    share = 1 if args.num_samples else size / max(1, corpus.size())
     for piece, split, _ in read(corpus, args, State({}), f"reading for {args.tokenizer}"):
         text = piece.text
-        if split == "both" and size is not None:
+        if split == "both" and not everything:
             text, split = text[: border_of(text, args.val_share)], "train"
-        if size is None or split == "train" and fraction(text, 1) < share:
-            characters += len(text)
+        if everything or split == "train" and fraction(text, 1) < share:
+            size -= len(text)
             yield from (text[i : i + WORD] for i in range(0, len(text), WORD))
-        if size is not None and characters > size:  # compressed files have more characters than bytes
+        if size < 0:  # compressed files have more characters than bytes
             break
 
 

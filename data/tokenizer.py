@@ -17,6 +17,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import tempfile
@@ -465,13 +466,13 @@ def from_name(name, texts=None):
         x.json                a file of the tokenizers library
         x, owner/x            a model of transformers: its folder or its name on the Hub
 
-    texts(n) yields the texts to make one from, a sample of n bytes of them, or all for n=None.
+    texts(n) yields the texts to make one from, a sample of about n characters, or for infinity all.
     """
     import tiktoken
 
     if name == "char":
         characters = {"\n"}  # ends documents
-        for text in texts(None):
+        for text in texts(math.inf):
             characters.update(text)
         return CharTokenizer(sorted(characters))
     if re.fullmatch(r"bpe:\d+", name):
