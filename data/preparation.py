@@ -397,8 +397,6 @@ def encode(folder, corpus, args, state):
         description = load_tokenizer(args.tokenizer, functools.partial(sample_texts, corpus, args)).description
         state.tokenizer = with_special_tokens(description, args.special_tokens)
     tokenizer = from_description(state.tokenizer)
-    if args.tokenizer.startswith("bpe:") and tokenizer.vocab_size < int(args.tokenizer.removeprefix("bpe:")):
-        print(f"{args.tokenizer}: learned {tokenizer.vocab_size:,} tokens, because the text has no more frequent pairs")
     if tokenizer.eot is None and state.tokenizer["kind"] not in ("char", "symbols"):
         print(f"no end of text in {args.tokenizer}: a newline ends each document")
 

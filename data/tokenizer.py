@@ -251,6 +251,8 @@ class BytePairTokenizer(TiktokenTokenizer):
         trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=sorted(BYTES), show_progress=False)
         tokenizer.train_from_iterator(texts, trainer)
         vocab = tokenizer.get_vocab()
+        if len(vocab) + 1 < vocab_size:
+            print(f"bpe:{vocab_size}: learned {len(vocab) + 1:,} tokens, because the text has no more frequent pairs")
         return cls(sorted(vocab, key=vocab.get))
 
 
