@@ -337,22 +337,6 @@ if use_ddp:
 packed = data.block_size is not None  # whether conversations were packed into windows
 
 
-def step_windows(tokens_seen):
-    """Return the windows of a step and the weights of its micro-batches.
-
-    Where windows begin, (micro-batches, B), is a pure function of seed and tokens seen, so that a resumed run repeats
-    them. The weights, of the mean losses, are 1, unless conversations are packed: there the numbers of targets differ.
-    """
-    count = gradient_accumulation_steps * batch_size
-    starts = train_windows(len(tokens["train"]), block_size, seed, tokens_seen // block_size, count, packed)
-    weights = [1.0] * gradient_accumulation_steps
-    if packed:  # every rank counts the targets of all ranks
-        mask = tokens["train"].mask.windows(starts, block_size + 1)[:, 1:] == 1
-        targets = mask.reshape(gradient_accumulation_steps, -1).sum(axis=1)
-        weights = (targets * gradient_accumulation_steps / max(1, targets.sum())).tolist()
-    return starts.reshape(gradient_accumulation_steps, batch_size), weights
-
-
 def set_seed(iter_num, micro_step):
     """Seed by step and micro-step, so that a resumed run repeats the same dropout masks."""
     torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, micro_step)).generate_state(1, np.uint64)[0]))
@@ -505,6 +489,22 @@ def train():
             run.log({"loss": loss, "lr": lr, "grad_norm": grad_norm if math.isfinite(grad_norm) else None} | speed)
             print0(progress_line(loss, lr, grad_norm, dt, speed, second_step_began), progress=True)
         iter_num += 1
+
+
+def step_windows(tokens_seen):
+    """Return the windows of a step and the weights of its micro-batches.
+
+    Where windows begin, (micro-batches, B), is a pure function of seed and tokens seen, so that a resumed run repeats
+    them. The weights, of the mean losses, are 1, unless conversations are packed: there the numbers of targets differ.
+    """
+    count = gradient_accumulation_steps * batch_size
+    starts = train_windows(len(tokens["train"]), block_size, seed, tokens_seen // block_size, count, packed)
+    weights = [1.0] * gradient_accumulation_steps
+    if packed:  # every rank counts the targets of all ranks
+        mask = tokens["train"].mask.windows(starts, block_size + 1)[:, 1:] == 1
+        targets = mask.reshape(gradient_accumulation_steps, -1).sum(axis=1)
+        weights = (targets * gradient_accumulation_steps / max(1, targets.sum())).tolist()
+    return starts.reshape(gradient_accumulation_steps, batch_size), weights
 
 
 def sample_text():
