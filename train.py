@@ -494,8 +494,9 @@ def train():
 def step_windows(tokens_seen):
     """Return the windows of a step and the weights of its micro-batches.
 
-    Where windows begin, (micro-batches, B), is a pure function of seed and tokens seen, so that a resumed run repeats
-    them. The weights, of the mean losses, are 1, unless conversations are packed: there the numbers of targets differ.
+    The first positions of the windows (micro-batches, B) are a pure function of seed and tokens seen, so that a resumed
+    run repeats them. The micro-batches' mean losses have weight 1, unless conversations are packed: there the numbers
+    of targets differ.
     """
     count = gradient_accumulation_steps * batch_size
     starts = train_windows(len(tokens["train"]), block_size, seed, tokens_seen // block_size, count, packed)
