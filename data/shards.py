@@ -351,14 +351,14 @@ def shuffle(i, n, keys):
     mask = (np.uint64(1) << half) - np.uint64(1)
 
     # cycle until all results are in range(n)
-    out, outside = i.astype(np.uint64), np.ones(len(i), dtype=bool)
-    while outside.any():
-        left, right = out >> half, out & mask
+    out, outside = i.astype(np.uint64), np.arange(len(i))
+    while len(outside):
+        left, right = out[outside] >> half, out[outside] & mask
         for key in keys:
             hashed = (right + key) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(32)  # 2**64 / golden ratio
             left, right = right, left ^ (hashed & mask)
-        out = np.where(outside, left << half | right, out)
-        outside = out >= n
+        out[outside] = left << half | right
+        outside = outside[out[outside] >= n]
     return out.astype(np.int64)
 
 
