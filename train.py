@@ -8,7 +8,7 @@ train GPT-2 (124M) on OpenWebText.
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py                   8 GPUs of one machine
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=IP --master_port=1234 train.py ...     2 nodes
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py --fsdp    a model too large for one GPU
-    python train.py --plot=out-a,out-b                                    draw the loss curves of runs into loss.png
+    python train.py --plot=out-a,out-b                                    plot the loss curves of runs to loss.png
 
 Ctrl-C or SIGTERM finishes the step, saves and exits; a second signal exits at once (not under torchrun). A resumed run
 ends with the same weights, bit for bit, as an uninterrupted one (on GPUs with --deterministic, on CPUs with the same
@@ -58,8 +58,8 @@ always_save_checkpoint = True  # save a checkpoint at each eval; False: after a 
 save_interval = 0  # also save a checkpoint every N steps; 0: off
 sample_interval = 2000  # generate a sample of text every N steps, and at the end; 0: off
 sample_prompt = "\n"  # prompt of the samples
-loss_plot = False  # draw the loss curves into out_dir/loss.png at every evaluation (pip install matplotlib)
-plot = ""  # out_dirs of runs, comma-separated: draw their loss curves into loss.png, and exit
+loss_plot = False  # plot the loss curves to out_dir/loss.png at every evaluation (pip install matplotlib)
+plot = ""  # out_dirs of runs, comma-separated: plot their loss curves to loss.png, and exit
 init_from = "scratch"  # scratch, resume, auto (resume or scratch), auto:X (resume or X), a checkpoint, a Hub name
 # logging, in addition to out_dir/metrics.jsonl
 tensorboard_log = False  # also log to TensorBoard: tensorboard --logdir=out_dir (pip install tensorboard)
@@ -86,7 +86,7 @@ n_hidden = 0  # width of the MLP; 0: 4 * n_embd, for swiglu 8/3 * n_embd rounded
 n_kv_head = 0  # number of key/value heads (grouped-query attention); 0: n_head
 qk_norm = False  # normalize queries and keys
 tied = True  # share the weights of the token embedding and the output layer
-zero_init = False  # initialize the projections into the residual stream with zeros; False: like GPT-2
+zero_init = False  # zero-initialize the projections into the residual stream; False: like GPT-2
 # LoRA: freeze the weights of init_from and train low-rank adapters (pip install peft)
 lora_rank = 0  # rank of the adapters, usually 8 to 64; 0: off
 lora_alpha = 16  # the adapters are scaled by lora_alpha / lora_rank
@@ -119,8 +119,8 @@ timeout = 600  # timeout of collectives, in seconds
 seed = 1337  # of the initial weights, the order of the data, and dropout
 deterministic = False  # use deterministic (slower) algorithms on GPUs; CPUs are always deterministic
 # -----------------------------------------------------------------------------
-# override the globals above from config files and flags; explicit: the names that were given. config is a copy of them
-# that checkpoints store; match_model() below sets the model settings in it, but not the globals, to the loaded model's
+# override the globals above from config files and flags. explicit: the names that were given. config: a copy of the
+# globals for checkpoints; match_model() below sets its model settings, but not the globals, to the loaded model's
 config, explicit = configure(globals())
 
 if plot:
@@ -148,17 +148,17 @@ if init_from != "scratch":
     with usage_errors():
         checkpoint, checkpoint_path = gpt.open_checkpoint(init_from, out_dir, names)
 
-# resume and eval_only inherit the checkpoint's settings, except those in flags and config files. Defaults do not count,
-# edited ones and the environment's included
+# resume and eval_only inherit the checkpoint's settings, except those in flags and config files; defaults never
+# override them, not even edited ones or those from the environment
 inherits = checkpoint is not None and (resuming or eval_only)
-saved_config, changed = {}, []
+changed = []
 if inherits:
     saved_config = dict(checkpoint.get("config", {}))
     # lr_decay_iters == max_iters means "until the end", so that the decay follows a new max_iters
     if saved_config.get("lr_decay_iters") == saved_config.get("max_iters") and "lr_decay_iters" not in explicit:
         saved_config["lr_decay_iters"] = 0
     changed = configurator.inherit(config, explicit, saved_config, checkpoint_path)
-    globals().update(config, init_from=init_from)  # init_from stays resolved, as above
+    globals().update(config, init_from=init_from)  # config has init_from as it was given, such as auto
 
 # check the settings
 configurator.check_minimum(config, 1, "eval_interval", "log_interval", "batch_size", "block_size")
@@ -221,8 +221,8 @@ else:  # if it has an adapter, start from the sum of base and adapter
 # block_size, which comes next
 configurator.match_model(config, explicit - {"block_size", "dropout"}, model_fields, checkpoint_path or init_from)
 
-# context length: as given; else the one that conversations were packed for; else the checkpoint's in training; else,
-# of a new or a Hub model, the default. Never more than the model allows
+# context length: as given; else the one that conversations were packed for; else the one the checkpoint was trained
+# with; else (new and Hub models) the default. Never more than the model allows
 longest = model.config.block_size
 if "block_size" not in explicit:
     if checkpoint:  # with RoPE the model may allow more
@@ -232,13 +232,13 @@ if block_size > longest:
     fail(f"--block_size={block_size} exceeds the model's {longest}")
 if batch_size * block_size >= 2**31:
     fail(f"{batch_size} x {block_size} is too many tokens for a micro-batch: lower --batch_size")
-# crop new models, for which packed conversations may be too short, and learned positions; loaded RoPE models keep their
-# own block_size
+# crop new models (packed conversations may be shorter than block_size) and learned positions; loaded RoPE models keep
+# their own block_size
 if block_size < longest and (init_from == "scratch" or model.config.position != "rope"):
     if resuming and not eval_only:
         new_run = f"{shlex.quote(f'--init_from={out_dir}')} --block_size={block_size}"
-        fail(f"this run has block_size {longest}: start a new one, {new_run}")
-    model.crop_block_size(block_size)
+        fail(f"this run has block_size {longest}: start a new run with {new_run}")
+    gpt.crop_block_size(model, block_size)
 config["block_size"] = block_size
 
 # tokenizer: the model's; the dataset must use the same, or add the tokens that begin and end turns of a chat ("extra"),
@@ -278,7 +278,7 @@ if tokenizer and sample_interval and not eval_only:
 if lora_rank and not resuming and not eval_only:
     if checkpoint and "lora" in checkpoint:  # merge_lora() above merged it in memory only
         source = shlex.quote(f"--init_from={init_from}")
-        fail(f"{init_from} is an adapter: merge it first, python sample.py {source} --export=x --merge")
+        fail(f"{init_from} is an adapter: merge it first: python sample.py {source} --export=x --merge")
     if checkpoint and os.path.realpath(out_dir) == os.path.dirname(os.path.realpath(checkpoint_path)):
         fail(f"the adapter needs the checkpoint in {out_dir}: set another --out_dir")
     torch.manual_seed(seed)  # loading may have drawn random numbers
@@ -330,16 +330,19 @@ if gradient_checkpointing:
 if use_ddp:
     device_ids = [torch.device(device).index] if device_type == "cuda" else None
     model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # DDP groups the gradients anew after the first backward pass, which changes the order of sums over three or more
+    # ranks: let it do so now, so that the first step of a resumed run sums like the same step of an uninterrupted one
+    if not eval_only:
+        X = torch.zeros((batch_size, block_size), dtype=torch.int64, device=device)
+        with autocast:
+            _, loss = model(X, X, return_logits=False)
+        loss.backward()
+        optimizer.zero_grad(set_to_none=False)
 
 # -----------------------------------------------------------------------------
 # batches, evaluation, learning rate
 
 packed = data.block_size is not None  # whether conversations were packed into windows
-
-
-def set_seed(iter_num, micro_step):
-    """Seed by step and micro-step, so that a resumed run repeats the same dropout masks."""
-    torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, micro_step)).generate_state(1, np.uint64)[0]))
 
 
 def eval_batches(split):
@@ -443,12 +446,13 @@ def train():
 
         # one optimizer step; the micro-batches are assigned to the ranks round-robin
         t0 = time.perf_counter()
-        second_step_began = second_step_began or (t0 if iter_num > first_iter else None)
+        if iter_num == first_iter + 1:
+            second_step_began = t0
         lr = get_lr(iter_num)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss_sum = torch.zeros((), device=device)
-        starts, weights = step_windows(tokens_seen)
+        starts, loss_weights = step_windows(tokens_seen)
         for micro_step in range(rank, gradient_accumulation_steps, world_size):
             set_seed(iter_num, micro_step)
             X, Y = load_batch(tokens["train"], starts[micro_step], block_size, vocab_size, device)
@@ -457,7 +461,7 @@ def train():
             with autocast:
                 _, loss = model(X, Y, return_logits=False)
                 # DDP and FSDP average over the ranks
-                loss = loss * weights[micro_step] * world_size / gradient_accumulation_steps
+                loss = loss * loss_weights[micro_step] * world_size / gradient_accumulation_steps
             scaler.scale(loss).backward()
             loss_sum += loss.detach()
         scaler.unscale_(optimizer)
@@ -471,7 +475,7 @@ def train():
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_overflow):
             print0(
                 f"step {iter_num}: loss {loss}, gradient norm {grad_norm}: diverged, no update was made. "
-                "Resume from the last checkpoint with a lower --learning_rate, or with --dtype=float32"
+                f"{'Resume' if run.saved_iter else 'Start again'} with a lower --learning_rate, or with --dtype=float32"
             )
             return 3
         scaler.step(optimizer)
@@ -491,11 +495,16 @@ def train():
         iter_num += 1
 
 
+def set_seed(iter_num, micro_step):
+    """Seed by step and micro-step, so that a resumed run repeats the same dropout masks."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, iter_num, micro_step)).generate_state(1, np.uint64)[0]))
+
+
 def step_windows(tokens_seen):
     """Return the windows of a step and the weights of its micro-batches.
 
-    The first positions of the windows (micro-batches, B) are a pure function of seed and tokens seen, so that a resumed
-    run repeats them. The micro-batches' mean losses have weight 1, unless conversations are packed: there the numbers
+    The starts of the windows (micro-batches, B) are a pure function of seed and tokens seen, so that a resumed run
+    repeats them. The micro-batches' mean losses have weight 1, unless conversations are packed: there the numbers
     of targets differ.
     """
     count = gradient_accumulation_steps * batch_size
@@ -516,13 +525,11 @@ def sample_text():
     eager = torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext()
     # sampling needs cumsum, which has no deterministic kernel on GPUs; cuDNN's attention builds a plan for each number
     # of keys, which takes longer than a token
-    if deterministic:
-        torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(False)
     without_cudnn = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     with eager, autocast, without_cudnn:
         ids = raw_model.generate(prompt, 100, temperature=0.8, top_k=200, generator=generator)
-    if deterministic:
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(deterministic)
     raw_model.train()
     return tokenizer.decode(ids[0].tolist())
 
@@ -535,7 +542,7 @@ def eval_line(losses):
     line += f", perplexity {perplexity:.2f}" if perplexity < 1e9 else f", perplexity {perplexity:.2e}"
     line += f", {bits:.4f} bits per byte" if bits else ""
     line += f", {losses['val/tokens']:,} tokens" if eval_only else ""
-    # the weights do worse than none: ln(V) is the loss of equal probabilities
+    # worse than an untrained model: ln(V) is the loss of a uniform distribution
     if iter_num > 0 and losses["val/loss"] > math.log(vocab_size) + 0.1:
         line += "\nWARNING: this loss is worse than guessing: try a lower --learning_rate"
     return line
@@ -575,8 +582,8 @@ class Run:
 
     ckpt.pt           the latest state, to resume from; ckpt_prev.pt is the one before
     ckpt_best.pt      the weights with the lowest validation loss, to sample from
-    ckpt.pt.corrupt   a latest state that could not be read
-    metrics.jsonl     everything that is logged, one JSON object per line; tensorboard/ and loss.png if asked
+    ckpt.pt.corrupt   a ckpt.pt that could not be read
+    metrics.jsonl     everything that is logged, one JSON object per line; tensorboard/ and loss.png if enabled
     exit_code         of the finished run
     previous-1/ ...   earlier runs in the same out_dir
     """
@@ -585,7 +592,7 @@ class Run:
         # checkpoints; the step that the run starts from counts as saved, so step 0 and eval_only save nothing
         self.pool = ThreadPoolExecutor(1)  # of one thread that writes them
         self.saving = None  # the save in progress, on rank 0
-        self.saved_iter = iter_num  # step of the last checkpoint on disk
+        self.saved_iter = iter_num  # step of ckpt.pt on disk; 0: there is none
         self.pending_iter = None  # step of the save in progress
         self.best_val_loss = best_val_loss
         # logs
@@ -615,7 +622,7 @@ class Run:
             self.move_files(BEST)
         # rewrite metrics.jsonl atomically
         if os.path.exists(self.metrics_path):
-            # drop what will be logged again, but not the last evaluation of a run that is made longer, if it is not due
+            # drop what will be logged again; an extended run keeps its last evaluation unless it is due again
             due = {"loss": True, "val/loss": self.should_evaluate(iter_num), "sample": self.should_sample(iter_num)}
             records = read_metrics(out_dir, before=iter_num + 1)
             records = [r for r in records if r["iter"] < iter_num or not any(due[key] for key in due.keys() & r.keys())]
@@ -645,8 +652,9 @@ class Run:
             with usage_errors("--tensorboard_log needs pip install tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
 
-                # events of steps that are repeated are purged
-                folder, purge = os.path.join(out_dir, "tensorboard"), iter_num if resuming else None
+                # purge the events of steps that will be repeated
+                folder = os.path.join(out_dir, "tensorboard")
+                purge = iter_num + (not self.should_evaluate(iter_num)) if resuming else None
                 self.tensorboard = SummaryWriter(folder, purge_step=purge, flush_secs=10)
         if wandb_log:
             with usage_errors("--wandb_log needs pip install wandb, and wandb login or WANDB_MODE=offline"):
@@ -660,20 +668,20 @@ class Run:
         return it % eval_interval == 0 or it >= max_iters or eval_only
 
     def should_save(self, it, stopping):
-        # the end is always saved, a step only once
+        # always save the last step, but no step twice
         is_due = (always_save_checkpoint and self.should_evaluate(it)) or (save_interval and it % save_interval == 0)
         return (is_due or stopping or it >= max_iters) and it not in (self.saved_iter, self.pending_iter)
 
     def should_sample(self, it):
-        # prompt is None without a tokenizer, and with sample_interval=0
+        # prompt is None if there is nothing to sample: no tokenizer, sample_interval=0, eval_only
         return prompt is not None and it > 0 and (it % sample_interval == 0 or it >= max_iters)
 
     def save(self, name):
         """Save ckpt.pt or ckpt_best.pt; returns False if it could not be written.
 
         If the state has to be copied to CPU memory anyway (from GPUs, with FSDP), ckpt.pt is written in the background,
-        and True means started. On CPUs a background write would slow training down. ckpt_best.pt is waited for: see
-        save_if_best().
+        and True means that the write has started. On CPUs a background write would slow training down. save() waits for
+        ckpt_best.pt: see save_if_best().
         """
         # one save at a time
         self.wait()
@@ -708,7 +716,7 @@ class Run:
         return True if in_background else self.wait(name)
 
     def wait(self, name=LATEST):
-        """Wait for the save in progress; returns whether it succeeded. Training goes on after a full disk."""
+        """Wait for the save in progress; returns whether it succeeded. Training continues if the disk is full."""
         # all ranks must agree on what is on disk
         error = self.saving.exception() if self.saving else None
         self.saving = None
@@ -818,7 +826,7 @@ elif iter_num >= max_iters and not eval_only:
 try:
     exit_code = train()
 except Exception as e:
-    # two kinds of errors end a run in order: DataError, and any error after a signal, which is its consequence, because
+    # two kinds of errors end a run cleanly: DataError, and any error after a signal, which is its consequence, because
     # Ctrl-C also reaches helper processes, such as the compiler's, whose death raises here
     if not isinstance(e, DataError) and not stop_signal.received:
         raise
