@@ -5,15 +5,15 @@ Measure how fast a GPT trains and generates on this machine, compared with the l
     python bench.py config/train_shakespeare_char_cpu.py     the model, batch and data of a run
     python bench.py --real_data=False --decode_tokens=0      training only, on random tokens
     python bench.py --profile                                also write a trace for chrome://tracing or Perfetto
-    python bench.py config/train_shakespeare_char_cpu.py --compare=config/modern.py     two architectures, in turns
-    python bench.py --classic=../nanoGPT                     in turns with nanoGPT, from a folder that contains it
+    python bench.py config/train_shakespeare_char_cpu.py --compare=config/modern.py     two architectures, interleaved
+    python bench.py --classic=../nanoGPT                     interleaved with nanoGPT, from a folder that contains it
     python bench.py --steps=0 --transformers --int8          generation, also by transformers and with int8 weights
     python bench.py --steps=0 --init_from=out --int8         generation by a trained model
     python bench.py --compare=config/modern.py,gpt2-medium,gpt2-large,gpt2-xl --decode_batch=1,8,64     several sizes
 
-The peak, for the model FLOPs utilization (MFU), is from a GPU's data sheet, or measured on a CPU in the same run. The
-bound of generation is the measured memory bandwidth: a step reads every weight and the KV cache once. Models in turns
-train on the same batches; the loss is the mean over the last tenth of the steps.
+The peak, for the model FLOPs utilization (MFU), is from a GPU's data sheet, or measured on a CPU in the same run.
+Generation is bounded by the measured memory bandwidth: a step reads every weight and the KV cache once. Interleaved
+models train on the same batches; the loss is the mean over the last tenth of the steps.
 """
 
 import configurator  # isort: skip  # first: it prepares the import of torch
@@ -136,7 +136,7 @@ if __name__ == "__main__":  # not in worker processes: they get the resulting se
         try:
             tokens, data_vocab_size = open_splits()
         except (OSError, ValueError) as e:
-            print(for_terminal(f"random tokens: {e}"))
+            print(for_terminal(f"using random tokens: {e}"))
     real_data = bool(tokens)
     vocab_size = vocab_size or gpt.round_vocab_size(data_vocab_size or 50257)
     with usage_errors():
@@ -319,7 +319,7 @@ def measure_seconds(function):
 
 
 # -----------------------------------------------------------------------------
-# processes: one model runs in this process, several in a worker each, as their users run them
+# processes: one model runs in this process, several run in one worker each, as users would run them
 
 runner = None  # the Runner of this process
 workers = {}  # {name: executor with one process}
@@ -345,7 +345,7 @@ def call(name, method, *args):
 
 
 def start_worker():
-    """Tie this worker to the main process: end when it ends, and quietly at Ctrl-C."""
+    """Tie this worker to the main process: exit when it exits, and quietly on Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -369,7 +369,7 @@ def report(kind, name, row):
 
 
 def time_training(names):
-    """Train the models in turns."""
+    """Train the models, interleaved."""
     # the first step compiles, and is not timed
     records = {name: call(name, Runner.train, 0, 1) for name in names}
     start = time.perf_counter()
@@ -416,7 +416,7 @@ def time_decoding(kind, names, bandwidth):
     weight_bytes = {name: call(name, Runner.prepare_decoding, kind == "int8 decode") for name in names}
     for batch in map(int, decode_batch.split(",")):
         for name in names:
-            # without a KV cache nanoGPT is fastest with one sequence after another
+            # without a KV cache nanoGPT is fastest with one sequence at a time
             B = 1 if name == "classic" else batch
             speed = time_generation(kind, name, B)
             # a step reads all weights, and the part of the cache that is filled, half of it on average

@@ -26,13 +26,13 @@ import signal
 import sys
 import time
 
-# OpenMP threads that wait spin only briefly (variable of libgomp): beside one busy process, the default makes training
-# and generation 10 to 50 times slower. Generation waits between all products, and waking its threads up takes longer
+# OpenMP threads that wait spin only briefly (libgomp's variable): next to one busy process, the default makes training
+# and generation 10 to 50 times slower. Generation spins longer: it waits after every matmul, and waking threads is slow
 spin_count = {"train.py": "5000", "sample.py": "20000"}.get(os.path.basename(sys.argv[0]))
 if spin_count and not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
     os.environ["GOMP_SPINCOUNT"] = spin_count
 
-# huge pages for large tensors on Linux (PyTorch's variable): fewer misses when a step reads all weights
+# huge pages for large tensors on Linux (PyTorch's variable): fewer TLB misses when a step reads all weights
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 # Ctrl-C while torch is imported, which takes seconds, ends the script without a traceback
@@ -68,7 +68,7 @@ def fail(message):
 
 @contextlib.contextmanager
 def usage_errors(problem=""):
-    """Turn errors about input and memory into fail()'s one line; with `problem`, all errors, and it comes first."""
+    """Turn errors about input and memory into fail()'s one line; with `problem`, all errors, prefixed with it."""
     try:
         with as_value_error(problem) if problem else contextlib.nullcontext():
             yield
@@ -163,7 +163,7 @@ def configure(script):
 
 
 def repair_streams():
-    """Replace standard streams that are closed; print characters that a stream cannot encode as "?"."""
+    """Replace standard streams that are closed; print "?" for characters that a stream cannot encode."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
@@ -197,7 +197,7 @@ def read_flag(arg, rest, settings):
     # the value follows, unless this is the flag of a boolean
     if not equals:
         is_flag = isinstance(settings[key], bool)
-        if is_flag and not (rest and rest[0].lower() in ("true", "false")):
+        if is_flag and not (rest and rest[0].lower() in ("true", "false", "1", "0")):
             text = "True"
         elif rest and not rest[0].startswith("--"):
             text = rest.pop(0)
@@ -286,18 +286,18 @@ def read_config(path, script, settings, explicit):
     except BaseException as e:  # SystemExit and RecursionError, too
         fail(f"{path}: {type(e).__name__}: {e}")
 
-    # compare: a function with `global` changes a value without an assignment that is recorded
+    # compare values, too: what a function assigns through `global` is not recorded
     changed = {name for name in settings if after.get(name) is not settings[name]} | after.assigned
     train_settings = setting_lines(os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py"))
     for name in sorted(changed - settings.keys() - {name for name, *_ in train_settings}):
         is_variable = isinstance(after.get(name), (int, float, str)) and not name.startswith("_")
         if is_variable and difflib.get_close_matches(name, settings, cutoff=0.75):
-            fail(f"{path}: {unknown_setting(name, settings)}; call a helper variable _{name}")
+            fail(f"{path}: {unknown_setting(name, settings)}; begin a helper variable's name with _: _{name}")
     return {name: convert(name, after.get(name), settings[name], path) for name in sorted(changed & settings.keys())}
 
 
 def config_hint(path, known):
-    """Return the flag, or the config files, that a wrong path of a config file probably means.
+    """Guess which flag or config files a wrong config path stands for.
 
     Example: "out", {"out_dir": ...} -> " (did you mean --out_dir=out?)"
     """
@@ -391,7 +391,7 @@ def pick_device(device="auto", dtype="auto", tuned=True):
     """Resolve 'auto' to the best this machine has, and set up PyTorch for it.
 
     Returns (device, dtype, a line that says what was picked and why). device: cuda, cuda:1, mps or cpu; dtype: of
-    matrix products. tuned=False leaves the memory allocator as it is, to measure other programs.
+    matmuls. tuned=False leaves the memory allocator as it is, to measure other programs.
     """
     check_choice({"dtype": dtype}, "dtype", "auto", "float32", "bfloat16", "float16")
     # torchrun gives each process on a node a GPU of its own
@@ -436,7 +436,7 @@ def set_up_cuda(device):
 
 
 def has_fast_bfloat16():
-    """Return whether the CPU has instructions for bfloat16 products. Known on Linux, assumed absent elsewhere."""
+    """Return whether the CPU has instructions for bfloat16 matmuls. Known on Linux, assumed absent elsewhere."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
         return re.search("avx512_bf16|amx_bf16", f.read()) is not None
     return False
@@ -483,7 +483,7 @@ def join_processes(device, backend, timeout):
         backend = "nccl" if device.startswith("cuda") and dist.is_nccl_available() else "gloo"
     timeout = datetime.timedelta(seconds=timeout)
 
-    # one torchrun keeps one store over all restarts: restarted ranks must not find the old addresses in it
+    # torchrun keeps one store across restarts: restarted ranks must not find the old addresses in it
     env = os.environ.get
     one_node = env("GROUP_WORLD_SIZE") == "1"
     fresh_store = one_node or env("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1"
@@ -549,7 +549,7 @@ class StopSignal:
 
 
 def exit_now(code, distributed):
-    """Flush and exit; torchrun's ranks without Python's shutdown, in which gloo's threads sometimes abort."""
+    """Flush and exit; ranks of torchrun skip Python's shutdown, in which gloo's threads sometimes abort."""
     try:
         sys.stdout.flush()
     except OSError:  # a closed pipe: Python would exit with a code of its own

@@ -86,7 +86,7 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
     "swiglu": swiglu,
-    "relu2": lambda x: SquaredReLU.apply(x),  # relu(x)**2 (https://arxiv.org/abs/2109.08668), see section 11
+    "relu2": lambda x: SquaredReLU.apply(x),  # relu(x)**2 (https://arxiv.org/abs/2109.08668), defined in section 11
 }
 
 
@@ -126,9 +126,10 @@ def attention(q, k, v, mask=None, dropout=0.0):
         return train_attention_on_cpu(q, k, v, dropout)
     if q.size(2) == 1 and not q.requires_grad:
         return attend_one_token(q, k, v, mask)
-    if q.is_cuda and q.size(1) > k.size(1) and q.dtype != torch.bfloat16:  # only flash attention groups query heads
+    # grouped queries: only flash attention has them, for sure on the GPUs that compute in bfloat16; others need copies
+    if q.is_cuda and q.size(1) > k.size(1) and q.dtype != torch.bfloat16:
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-    causal = mask is None and bool(q.size(2) > 1)
+    causal = mask is None and q.size(2) > 1
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal, enable_gqa=q.size(1) > k.size(1))
 
 
@@ -252,13 +253,13 @@ class GPT(nn.Module):
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe(pos)
         else:
-            # cast once for all layers; under autocast apply_rope() casts again, to the dtype of q
+            # cast once for all layers; under autocast x is float32 here, and apply_rope() casts to the dtype of q
             rope = [table.to(x.dtype) for table in rope_cos_sin(pos, self.config)]
         x = self.transformer.drop(x)
 
-        # attention() needs no mask for S == T, where it is causal by itself, and for one token after S - 1 cached ones,
-        # which attends to all. Else a query at position p may attend to keys 0 .. p: several tokens after cached ones,
-        # or compiled decoding, where all slots of the cache are visible, and the mask hides those not filled yet
+        # attention() needs no mask for S == T, where it is causal, nor for one token, which attends to all S keys. But
+        # several tokens after cached ones need one, and so does compiled decoding: there all slots of the cache are
+        # visible, filled or not. A query at position p may attend to keys 0 .. p
         mask = None
         if S > T and (T > 1 or S == caches[0].size):
             mask = pos[:, None] >= torch.arange(S, device=idx.device)  # (T, S)
@@ -283,7 +284,7 @@ class GPT(nn.Module):
     def next_logits(self, context, caches):
         """Return the logits (B, V) of the token after context (B, T).
 
-        Only the tokens that are not in the caches yet go through the model.
+        Only tokens that are not yet cached go through the model. compile_generation() replaces this method.
         """
         new = context[:, caches[0].visible :]
         for cache in caches:
@@ -295,9 +296,9 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=(), generator=None, slide=1):
         """Yield up to max_new_tokens tokens (B,) that continue idx (B, T). Call eval() first.
 
-        Sampling options: see sample_next(). stop: token ids that end a row; ended rows are filled up with stop[0], and
+        Sampling options: see sample_next(). stop: token ids that end a row; ended rows are padded with stop[0], and
         generation ends when all rows have ended.
-        When the context is full, its first `slide` tokens are dropped and the caches are filled again: cached keys and
+        When the context is full, its first `slide` tokens are dropped and the caches are recomputed: cached keys and
         values depend on the dropped tokens. slide=1 always uses the last block_size tokens, like nanoGPT, but computes
         the whole context for every token; a larger slide does so less often, with a shorter context.
         """
@@ -309,7 +310,7 @@ class GPT(nn.Module):
         finished = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         stop_ids = torch.tensor(stop, dtype=torch.int64, device=idx.device)
         for _ in range(max_new_tokens):
-            # the context is full: drop its first tokens, which invalidates the caches
+            # the context has one token too many: drop its first tokens, which invalidates the caches
             if context.size(1) > block_size:
                 context, caches = context[:, slide:], None
             if caches is None:
@@ -319,7 +320,7 @@ class GPT(nn.Module):
             # with empty caches this computes the whole context, else one token
             logits = self.next_logits(context, caches)
             token = sample_next(logits, temperature, top_k, top_p, generator)
-            # finished rows go on with a stop token, so that the batch stays a rectangle
+            # finished rows are padded with a stop token, so that the batch stays rectangular
             if stop:
                 token = token.masked_fill(finished, stop[0])
                 finished |= torch.isin(token, stop_ids)
@@ -412,7 +413,7 @@ def configure_optimizers(
     if muon:
         groups.append(dict(kind="muon", params=hidden, weight_decay=weight_decay, momentum=muon_momentum))
 
-    # one fused kernel per step; on MPS it ignores the steps that loss scaling skips
+    # one fused kernel per step; not on MPS, where it takes the steps that the loss scaler should skip
     options = dict(lr=learning_rate, betas=betas, fused=device_type in ("cuda", "cpu"))
     return Muon(groups, dtype, **options) if muon else AdamW(groups, **options)
 
@@ -421,6 +422,7 @@ class AdamW(torch.optim.AdamW):
     """torch.optim.AdamW without the wrappers that import torch._dynamo, 0.9 s, at the first call."""
 
 
+# the function inside the wrapper, with no_grad
 for _name in ("step", "zero_grad", "add_param_group", "state_dict", "load_state_dict"):
     _method = getattr(torch.optim.AdamW, _name)
     setattr(AdamW, _name, torch.no_grad()(getattr(_method, "__wrapped__", _method)))
@@ -532,11 +534,11 @@ def load_training_state(optimizer, scaler, checkpoint):
         if checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as e:
-        raise ValueError(f"cannot resume ({e}): --init_from=the checkpoint's folder starts from its weights") from None
+        raise ValueError(f"cannot resume ({e}); to start from its weights: --init_from=FOLDER") from None
 
 
 def shard_model(model, device_type, dtype):
-    """Shard the weights across ranks (FSDP2); blocks are gathered in the dtype of their products."""
+    """Shard the weights across ranks (FSDP2); blocks are gathered in the dtype of their matmuls."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = torch.distributed.init_device_mesh(device_type, (torch.distributed.get_world_size(),))
@@ -554,7 +556,7 @@ def enable_gradient_checkpointing(model):
 
 @torch.no_grad()
 def clip_gradients(model, max_norm):
-    """Scale the gradients down to max_norm (0: never); returns their norm before that."""
+    """Scale the gradients down to max_norm (0: never); returns their norm before clipping."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
@@ -586,7 +588,7 @@ def check_config(config):
         raise ValueError(f"rope needs an even head_dim, got {head_dim}")
     if not isinstance(config.rope_scaling, dict | None):
         raise ValueError(f"rope_scaling must be a dict as in transformers, got {config.rope_scaling}")
-    # a typing error, rather than a model: building it would exhaust the memory
+    # a typo rather than a model: building it would exhaust the memory
     n_params = 12 * config.n_layer * config.n_embd**2
     if n_params > 1e14:
         raise ValueError(f"n_layer and n_embd give {n_params:.1e} parameters: lower them")
@@ -662,7 +664,7 @@ def load_model(init_from, checkpoint, **override):
 def from_checkpoint(checkpoint, **override):
     """Build the model of a checkpoint, on the CPU in float32.
 
-    ValueError names every weight that is missing, unexpected or of another shape.
+    ValueError names every weight that is missing, unexpected or of the wrong shape.
     """
     try:
         config = GPTConfig(**checkpoint["model_args"] | override)
@@ -679,7 +681,7 @@ def from_checkpoint(checkpoint, **override):
 
 
 def empty_model(config):
-    """Build a model without initializing its weights, which takes time."""
+    """Build a model without the slow initialization of its weights."""
     with torch.device("meta"):
         model = GPT(config).to_empty(device="cpu")
     model.tie_weights()
@@ -687,7 +689,7 @@ def empty_model(config):
 
 
 def load_weights(model, weights):
-    """Load a state_dict; ValueError names the tensors that are missing, unexpected or of another shape."""
+    """Load a state_dict; ValueError names the tensors that are missing, unexpected or of the wrong shape."""
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
@@ -708,7 +710,7 @@ def crop_block_size(model, block_size):
 
 @torch.no_grad()
 def grow_vocab_size(model, vocab_size):
-    """Add rows to the token embedding and the output layer, the mean of the others; nothing if there are enough."""
+    """Grow embedding and output layer by rows equal to the mean of the others; nothing if there are enough."""
     n = vocab_size - model.config.vocab_size
     if n <= 0:
         return
@@ -796,7 +798,7 @@ def from_pretrained(name, override_args=None):
     hub["generation_config"] = json.loads(hf.generation_config.to_json_string())
     del hf
 
-    # move the tensors over one by one, so that no more than one is in memory twice; biases that it lacks become 0
+    # move the tensors over one by one, so that no more than one is in memory twice; missing biases become 0
     model = empty_model(config)
     for key, weight in model.state_dict().items():
         for hf_name, part in hf_parts(key, weight.zero_(), config):
@@ -807,7 +809,7 @@ def from_pretrained(name, override_args=None):
 
 
 def load_hf_model(name):
-    """Return the model of transformers of a folder or Hub name, with a peft adapter merged; errors as above."""
+    """Return the transformers model of a folder or Hub name, with a peft adapter merged; errors as above."""
     import transformers
 
     # transformers reports the weights that do not fit
@@ -838,13 +840,13 @@ def save_pretrained(model, folder, eot=None, vocab_size=None, end_ids=()):
     """Write a folder for AutoModelForCausalLM: config.json, generation_config.json, model.safetensors.
 
     Settings of an imported model that training does not change are written as they were. eot: id of the end-of-text
-    token of other models. vocab_size: the tokenizer's; rows beyond it that only rounded it up are left out. end_ids:
-    the tokens that end a generation, if not those.
+    token of models that were not imported. vocab_size: the tokenizer's; rows that only pad the vocabulary beyond it are
+    left out. end_ids: the tokens that end a generation, if not the above.
     ValueError if no transformers architecture fits, OSError if writing fails.
     """
     import transformers
 
-    # an empty model of transformers, which determines the names
+    # an empty transformers model, which determines the names
     transformers.utils.logging.disable_progress_bar()
     config, ids = model.config, dict(bos_token_id=eot, eos_token_id=eot)
     hub = model.hub or dict(config=ids, generation_config=ids)
@@ -919,13 +921,13 @@ def from_hf_config(hf):
     """
     if hf.model_type not in HF_MODELS:
         raise ValueError(f"unsupported model type {hf.model_type} (supported: {', '.join(HF_MODELS)})")
-    # what must be as it is here
+    # fields whose values must be the ones implemented here
     allowed = dict(quantization_config=[None], scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False])
     allowed |= dict(add_cross_attention=[False], activation_function=HF_ACTIVATIONS)  # GPT-2's
     allowed |= dict(hidden_act=["silu"], use_sliding_window=[False])  # the others'
     if hf.model_type == "qwen3":
         allowed["attention_bias"] = [False]
-    # all that differs is named at once
+    # report all mismatches at once
     wrong = find_mismatches(hf, allowed)
     rope = getattr(hf, "rope_parameters", None) or {}
     rope_type = rope.get("rope_type", "default")
@@ -938,7 +940,7 @@ def from_hf_config(hf):
     names = GPT2_FIELDS if hf.model_type == "gpt2" else LLAMA_FIELDS
     fields = {ours: getattr(hf, theirs, None) for ours, theirs in names.items()}
     fields = {name: value for name, value in fields.items() if value is not None}
-    # what has no field of the same meaning
+    # fields without a counterpart
     if hf.model_type == "gpt2":
         return fields | dict(mlp=HF_ACTIVATIONS[hf.activation_function], bias=True)
     if rope_type != "default":
@@ -976,7 +978,7 @@ def to_hf_config(config, source):
     # translate the names of the fields
     names = GPT2_FIELDS if model_type == "gpt2" else LLAMA_FIELDS
     fields = {theirs: getattr(config, ours) for ours, theirs in names.items()}
-    # what has no field of the same meaning
+    # fields without a counterpart
     if model_type == "gpt2":
         fields["activation_function"] = "gelu" if config.mlp == "gelu" else "gelu_new"
         fields |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
@@ -1045,7 +1047,7 @@ def merge_lora(model):
     """Merge the adapters into the base weights."""
     if not model.lora:
         return
-    # put the base layers, with the products added, in the place of peft's
+    # replace peft's layers with their base layers, to which scale B A has been added
     for name, layer in lora_layers(model):
         layer.merge()
         model.set_submodule(name, layer.base_layer)
@@ -1061,7 +1063,7 @@ def enable_lora(model, enabled):
 
 
 def weights_to_save(model, **options):
-    """Return state_dict(**options), of a model with adapters only theirs."""
+    """Return state_dict(**options); for a model with adapters, only theirs."""
     state = model.state_dict(**options)
     return {name: weight for name, weight in state.items() if ".lora_" in name} if model.lora else state
 
@@ -1221,7 +1223,7 @@ def load_checkpoint(folder, names=(LATEST, PREVIOUS)):
 def open_checkpoint(init_from, out_dir="", names=(BEST, LATEST, PREVIOUS)):
     """Return the checkpoint that init_from means, and its path; (None, None) for transformers models.
 
-    'resume' is out_dir; of a folder the first readable of `names` is taken; a file is read.
+    'resume' means out_dir; from a folder, the first readable of `names` is loaded; a file is loaded itself.
     """
     if init_from == "resume":
         return load_checkpoint(out_dir, names)
@@ -1255,12 +1257,12 @@ def get_num_params(model, non_embedding=True):
 
 
 def flops_per_token(model, T):
-    """Return the FLOPs of training on one token of sequences of T tokens (PaLM, https://arxiv.org/abs/2204.02311).
+    """Return the training FLOPs per token at sequence length T (PaLM, https://arxiv.org/abs/2204.02311).
 
-    6 per weight of a matrix product, 4 if it is frozen, and 12 * n_layer * n_head * head_dim * T for attention.
+    6 per matmul weight, 4 if it is frozen, and 12 * n_layer * n_head * head_dim * T for attention.
     Example: n_layer=1, n_embd=8, 896 weights, T=4 -> 6 * 896 + 12 * 8 * 4 = 5760
     """
-    # products with the weights: 2 FLOPs forward, 4 backward; attention: QK^T and PV
+    # matmuls with the weights: 2 FLOPs forward, 4 backward; attention: QK^T and PV
     matrices = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     products = sum((6 if p.requires_grad else 4) * p.numel() for p in matrices)
     return products + 12 * model.config.n_layer * model.config.n_head * model.config.head_dim * T
@@ -1281,14 +1283,14 @@ def peak_flops(device, dtype):
     """Return (peak FLOP/s, its source): data sheet of a GPU, measured on a CPU, (None, reason) if unknown."""
     device = torch.device(device)
     dtype_name = str(dtype).removeprefix("torch.")
-    # CPU: the best of up to 20 products
+    # CPU: the fastest of up to 20 matmuls
     if device.type == "cpu":
         a, times = torch.ones(1024, 1024, dtype=dtype), []
-        while len(times) < 20 and sum(times) < 0.5:  # a product takes seconds without bfloat16 instructions
+        while len(times) < 20 and sum(times) < 0.5:  # a matmul takes seconds without bfloat16 instructions
             start = time.perf_counter()
             a @ a
             times.append(time.perf_counter() - start)
-        return 2 * 1024**3 / min(times), f"measured, {dtype_name} product of 1024 x 1024 matrices"
+        return 2 * 1024**3 / min(times), f"measured, {dtype_name} matmul of 1024 x 1024 matrices"
     if device.type != "cuda":
         return None, f"peak of {device.type} unknown"
 
@@ -1341,7 +1343,7 @@ GPT.get_num_params = get_num_params  # a method, as in nanoGPT
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm for weights of another dtype than x: FSDP gathers them in bfloat16."""
+    """nn.LayerNorm whose weights may differ from x in dtype: FSDP gathers them in bfloat16."""
 
     def forward(self, x):
         weight = self.weight.to(x.dtype)
@@ -1398,7 +1400,7 @@ def train_attention_on_cpu(q, k, v, dropout):
     """Compute causal attention where PyTorch's kernel is slow: in bfloat16, and with dropout."""
     if q.size(2) <= 256 and (dropout or q.dtype != torch.float32):
         return ShortAttention.apply(q, k, v, dropout)
-    # its backward pass is up to five times slower in bfloat16 than in float32
+    # SDPA's backward pass is up to five times slower in bfloat16 than in float32
     x = (q.float(), k.float(), v.float())
     with torch.autocast("cpu", enabled=False):
         y = F.scaled_dot_product_attention(*x, dropout_p=dropout, is_causal=True, enable_gqa=q.size(1) > k.size(1))
@@ -1605,7 +1607,7 @@ def compile_generation(model):
     """Compile the decoding of one token, for weights that do not change, and for one generation at a time.
 
     CUDA graphs on GPUs, autotuned kernels with prepacked weights on CPUs. The first token takes up to a minute;
-    another batch size or cache size, some seconds.
+    another batch size or cache size, a few seconds.
     """
 
     def step(token, pos, caches):

@@ -57,7 +57,7 @@ seed = 1337
 device = "auto"  # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"  # auto, float32, bfloat16, float16; an export is float32 by default
 int8 = False  # int8 weights: less memory traffic per token
-compile = False  # compile the generation step: up to a minute for the first token, then the fastest
+compile = False  # compile the generation step: up to a minute for the first token, then fastest
 # -----------------------------------------------------------------------------
 settings, explicit = configure(globals())
 
@@ -113,7 +113,7 @@ with usage_errors():
                 f"no tokenizer for a vocabulary of {vocab_size}: prepare any text with it, python data/text/prepare.py "
                 "FILE --name=x --tokenizer=..., then set --dataset=x"
             )
-        print("nothing names the tokenizer: assuming GPT-2's", file=sys.stderr)
+        print("no tokenizer is recorded: assuming GPT-2's", file=sys.stderr)
     tokenizer = from_description(description)
 
 # prompt and sampling options
@@ -186,7 +186,7 @@ def reply(messages):
 
 
 def answer_lines():
-    """Continue each line, or reply to it; /reset forgets the earlier ones, Ctrl-C stops a text, Ctrl-D leaves."""
+    """Continue each line, or reply to it; /reset forgets the earlier ones, Ctrl-C stops a text, Ctrl-D quits."""
     messages = []
     while True:
         try:
@@ -211,7 +211,7 @@ def answer_lines():
 
 
 def chat_on_page(text, history):
-    """Yield the reply so far to a text after the messages of a history."""
+    """Yield the reply so far to `text`, given the chat history."""
     messages = [{"role": message["role"], "content": to_text(message["content"]) or ""} for message in history]
     try:
         yield from itertools.accumulate(reply([*messages, {"role": "user", "content": text}]))
@@ -241,7 +241,7 @@ def export_model(folder):
     if tokenizer.description["kind"] in ("bpe", "char", "symbols"):
         print("llama.cpp's converter does not know this tokenizer: it takes those of published models only")
     if tokenizer.eot is None and not template:
-        print("the tokenizer has no end of text and no padding: trl needs SFTConfig(pad_token=...)")
+        print("the tokenizer has no end-of-text or padding token: trl needs SFTConfig(pad_token=...)")
 
 
 def compare_with_base(x):
@@ -253,7 +253,7 @@ def compare_with_base(x):
         T = data.block_size or max(1, min(block_size, 1024, len(tokens) - 1))
         tokens.check(T, vocab_size)
         if data.tokenizer and not same_tokens(data.tokenizer, tokenizer.description):
-            fail(f"{data.folder} was prepared with another tokenizer than the model's")
+            fail(f"{data.folder} was prepared with another tokenizer, not the model's")
     starts = eval_windows(len(tokens), T, 256, data.block_size is not None).reshape(-1, 1)
     batches = [load_batch(tokens, start, T, vocab_size, device) for start in starts]
 
@@ -280,7 +280,7 @@ def wrap(text, width):
 
 
 def stream_to_page(prompt, temperature, top_k, top_p, length, stop, seed=None):
-    """Yield the continuation of the prompt so far, and tokens per second."""
+    """Yield the continuation so far, and tokens per second."""
     yield "", ""  # gradio can cancel only what has yielded, and the first token may take long
     options = sampling | dict(temperature=temperature, top_k=top_k, top_p=top_p)
     if seed is not None:
@@ -325,7 +325,7 @@ def add_text():
                 gr.Slider(1, n_max, max_new_tokens, step=1, precision=0, label="Length in tokens"),
                 gr.Textbox(stop, label="Stop at this text"),
                 # the browser shows None as 0, but not a function's None
-                gr.Number(lambda: None, label="Seed", placeholder="another text each time", precision=0, minimum=0),
+                gr.Number(lambda: None, label="Seed", placeholder="random", precision=0, minimum=0),
             ]
     triggers = [generate_button.click, prompt.submit, options[-2].submit]
     run = gr.on(
@@ -355,7 +355,7 @@ def serve_page(page):
         head = "<meta http-equiv=Content-Security-Policy content=\"default-src 'self' 'unsafe-inline' data: blob:\">"
         css = "textarea {font-family: var(--font-mono) !important}"  # columns and indentation stay aligned
         page.launch(**local, head=head, css=css, app_kwargs={"middleware": [trusted]})
-    print(f"open {page.local_url} in a browser; Ctrl-C ends it", flush=True)
+    print(f"open {page.local_url} in a browser; Ctrl-C stops the server", flush=True)
     try:
         page.server.thread.join()
     finally:

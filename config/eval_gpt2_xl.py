@@ -3,6 +3,6 @@
 
 init_from = "gpt2-xl"
 eval_only = True
-eval_iters = 500  # use more iterations to get good estimate
+eval_iters = 500  # use more iterations to get a good estimate
 batch_size = 8
 wandb_log = False

@@ -1,4 +1,4 @@
-# A compute-optimal run from its number of layers, by the sweep in README. Settings given before it keep their values:
+# A compute-optimal run for a number of layers, by the sweep in README. Settings given before it keep their values:
 #   python train.py --n_layer=4 --dataset=mine --block_size=256 config/scale.py
 
 import dataclasses
@@ -19,7 +19,7 @@ mlp = given.get("mlp", "swiglu")
 qk_norm = given.get("qk_norm", True)
 tied = given.get("tied", False)
 
-# its parameters in matrix products, so without the token embedding
+# its parameters in matmuls, so without the token embedding
 _folder = os.path.join("data", dataset)
 _data = Dataset(_folder) if os.path.exists(os.path.join(_folder, "train.bin")) else None  # bench.py needs none
 _shape = {field.name: globals()[field.name] for field in dataclasses.fields(GPTConfig) if field.name in globals()}
@@ -39,7 +39,7 @@ max_iters = given.get("max_iters", math.ceil(_tokens / _step))
 eval_interval = given.get("eval_interval", math.ceil(max_iters / 10) or 1)
 eval_iters = given.get("eval_iters", max(1, 2**18 // max(1, batch_size * block_size)))  # on 2**18 tokens
 
-# optimizer: 5e-3 is near the best learning rate at every width of the sweep; beyond them it falls as nanochat's
+# optimizer: 5e-3 is near the best learning rate at every width of the sweep; beyond them it falls as in nanochat
 muon = given.get("muon", True)
 learning_rate = given.get("learning_rate", 5e-3 * min(1, (384 / n_embd) ** 0.5))
 weight_decay = given.get("weight_decay", 0.1 * min(5, max(1, n_embd / 192) ** 2))  # wider ones needed more (sweep)
@@ -56,5 +56,5 @@ _loss = 1.005 + 0.186 * (max(_flops, 1) / 1e15) ** -0.367  # bits per byte, by t
 if os.environ.get("RANK", "0") == "0":
     print(
         f"scale:    {_parameters / 1e6:.3g}M matrix parameters, {_tokens / 1e6:.4g}M tokens, {_epochs:.3g} epochs, "
-        f"{_flops:.3g} FLOPs, {_flops / 1.14e19:.2g} hours on 8 H100 at 40 % MFU; expect {_loss:.3g} bits per byte"
+        f"{_flops:.3g} FLOPs, {_flops / 1.14e19:.2g} hours on 8 H100s at 40 % MFU; expect {_loss:.3g} bits per byte"
     )

@@ -1,4 +1,4 @@
-# A miniature GPT on the characters of Shakespeare, tuned for time to loss on two CPU cores.
+# A miniature character-level GPT on Shakespeare, tuned for time to loss on two CPU cores.
 # Muon, RoPE, QK-norm, grouped-query attention, squared ReLU, more tokens per step than train_shakespeare_char_cpu.py.
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/shakespeare_char_fast.py

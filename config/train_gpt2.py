@@ -1,4 +1,4 @@
-# GPT-2 (124M) on OpenWebText, as OpenAI's model in size, on one machine of 8 A100 (40 GB) or better.
+# GPT-2 (124M), the size of OpenAI's model, on OpenWebText, on one machine with 8 A100s (40 GB) or better.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
 wandb_log = True

@@ -1,4 +1,4 @@
-# A baby GPT on the works of Shakespeare, character by character: some minutes on a GPU.
+# A baby GPT on the works of Shakespeare, character by character: a few minutes on a GPU.
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char.py
 #   python sample.py --out_dir=out-shakespeare-char

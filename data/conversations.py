@@ -4,7 +4,7 @@ Turn conversations into a dataset folder: windows of whole conversations, and a 
     with prepare_script(__doc__, "inputs", ...) as args:
         write_conversations(folder, {None: args.inputs}, args)
 
-The tokenizer's chat template turns messages into text: its own, or the one in data/tokenizer.py. Learned are the
+The tokenizer's chat template turns messages into text: its own, or the one in data/tokenizer.py. The loss covers the
 assistant's turns and the tokens that end them. Each window has block_size + 1 tokens and contains as many whole
 conversations as fit, then padding.
 """
@@ -85,7 +85,7 @@ class ChatTemplate:
     """A tokenizer's chat template, applied by transformers. ValueError if there is none, or it refuses the messages.
 
     end: the text of the token that ends an assistant's turn, or "" if the template has none; end_id: its id
-    marks: the special tokens of the template, which others than the assistant cannot use to begin and end turns
+    marks: the special tokens of the template, which only the assistant's messages may contain
     """
 
     marks = ()
@@ -137,7 +137,7 @@ class ChatTemplate:
         raise ValueError(f"the message has {len(ids):,} tokens, but the context has room for {length:,}")
 
     def encode_conversation(self, messages):
-        """Return ids (n,) and the mask (n,) of what is learned: the assistant's turns and their end tokens."""
+        """Return ids (n,) and the loss mask (n,): True on the assistant's turns and their end tokens."""
         text = self.render(messages)
         if self.marks_turns:
             options = dict(tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
@@ -235,14 +235,14 @@ def encode(folder, corpus, args, state):
             hint = f" (first problem: {corpus.first_bad})" if corpus.first_bad else "; is --val_share right?"
             raise ValueError(f"no conversation with a reply for {split}{hint}")
 
-    # report what was left out, and how much is learned
+    # report what was left out, and how much is trained on
     left_out = {name: n for name, n in corpus.counts.items() if n and name.startswith(("conversations", "bad rows"))}
     for name, n in left_out.items():
         print(f"{n:,} {name}")
     if corpus.first_bad:
         print(for_terminal(f"first problem: {corpus.first_bad}"))
     total = tokens["train"] + tokens["val"]
-    print(f"{counts['learned'] / total:.1%} of the tokens are learned, {counts['padding'] / total:.1%} are padding")
+    print(f"{counts['learned'] / total:.1%} of the tokens are trained on, {counts['padding'] / total:.1%} are padding")
     documents = {split: counts[split] for split in ("train", "val")}
     return describe(files, tokenizer, documents, left_out) | {"block_size": args.block_size}
 

@@ -74,7 +74,7 @@ class Texts:
 
 
 class Files:
-    """A corpus of files: texts, or tables with one document per row. Files with an ending of COMPRESSED are unpacked.
+    """A corpus of files: texts, or tables with one document per row. Files ending in a key of COMPRESSED are unpacked.
 
     splits: {split: [path, folder, pattern* or hf://datasets/...]}; split None: chosen by val_share
     args: column, format and max_bad of OPTIONS in preparation.py
@@ -177,7 +177,7 @@ class Files:
         if isinstance(row, dict):
             columns = ", ".join(list(row)[:20])
             raise ValueError(f"no text in column {self.column} (columns: {columns}); use --column=NAME")
-        raise ValueError("not one JSON object per line, or in csv paired quotes and one field per column")
+        raise ValueError("malformed row: jsonl needs an object per line; csv, paired quotes and one field per column")
 
     def count_undecodable(self, error):
         """Codec error handler: as errors="replace", but counts the bytes."""
@@ -343,12 +343,12 @@ def check_column(column, columns):
 
 
 def extension(path):
-    """Return the ending that tells the format. Example: "a/B.JSONL.gz" -> "jsonl" """
+    """Return the extension that tells the format. Example: "a/B.JSONL.gz" -> "jsonl" """
     return re.sub(rf"\.({'|'.join(COMPRESSED)})$", "", path.lower()).rpartition(".")[2]
 
 
 def find(pattern):
-    """List (path, size, stamp) of the files that a path, folder or pattern means, sorted by path."""
+    """List (path, size, stamp) of the files that a path, folder or pattern matches, sorted by path."""
     if pattern.startswith(HUB):
         from huggingface_hub import HfFileSystem
 
@@ -377,7 +377,7 @@ def find_in_folder(folder):
     """
     found, entered = {True: [], False: []}, set()
     for parent, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(parent) in entered:  # links can lead into circles
+        if os.path.realpath(parent) in entered:  # links can form cycles
             folders.clear()
             continue
         entered.add(os.path.realpath(parent))
@@ -400,7 +400,7 @@ def count_endings(paths):
 
 
 def by_name(folder, found, split):
-    """Return {split: files} of a folder; train, validation and test files of a Hub dataset are told by their names."""
+    """Return {split: files} of a folder; train, validation and test files of a Hub dataset are told apart by name."""
     files = collections.defaultdict(list)
     for file in found:
         names = map(SPLIT_NAME.match, reversed(os.path.relpath(file[0], folder).split(os.sep)))

@@ -23,7 +23,7 @@ def read_metrics(folder, before=math.inf):
 
 
 def plot_losses(folders, path):
-    """Draw the training (pale) and validation losses of runs into one picture.
+    """Plot the training (pale) and validation losses of runs in one figure.
 
     The lowest validation loss of each run is marked. FileNotFoundError if no run has metrics yet, ValueError if
     matplotlib is missing.

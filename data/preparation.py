@@ -43,8 +43,8 @@ OPTIONS = {  # name: (default, help)
     "tokenizer": ("gpt2", "char, bpe:8192, gpt2, x.json, x.model, dataset, model or Hub name [env: TOKENIZER]"),
     "special_tokens": (False, "recognize special tokens such as <|im_start|> in the documents; default: they are text"),
     "column": ("text", "column of jsonl, json, csv, tsv and parquet files that contains the text; a.b: nested"),
-    "format": ("", "txt, jsonl, json, csv, tsv or parquet, for files with other endings"),
-    "val_share": (0.1, "share for validation: of the documents, by a hash of their text, and of each long one its end"),
+    "format": ("", "txt, jsonl, json, csv, tsv or parquet, for files with other extensions"),
+    "val_share": (0.1, "fraction for validation: of the documents, by a hash of their text; of each long one, its end"),
     "num_samples": (0, "documents to read; 0: all"),
     "max_bad": (0.01, "largest share of unreadable rows, which are left out, and bytes, which are replaced"),
     "shard_tokens": (0, "tokens per file, train_000000.bin and so on; 0: a single train.bin"),
@@ -122,9 +122,9 @@ class State:
     recipe: dict  # options and input: the same recipe gives the same files
     listing: str = ""  # hash of the list of input files, which can change on the Hub
     tokenizer: dict | None = None  # its description
-    part: int = 0  # read on in this part of the corpus,
+    part: int = 0  # resume in this part of the corpus,
     pieces: int = 0  # after this many of its pieces,
-    counts: dict = dataclasses.field(default_factory=dict)  # from these counts at the beginning of the part
+    counts: dict = dataclasses.field(default_factory=dict)  # with these counts at the beginning of the part
     documents: dict = dataclasses.field(default_factory=lambda: {"train": 0, "val": 0})  # number written
     tokens: dict = dataclasses.field(default_factory=lambda: {"train": 0, "val": 0})  # number written
     begins: bool = True  # a document begins with the next piece
@@ -253,7 +253,7 @@ def sha256_of(path):
 # from documents to batches of tokens
 
 BATCH = 1 << 18  # characters that a thread tokenizes at once
-LONG = 1 << 12  # characters of the part for validation that make a document long
+LONG = 1 << 12  # a document is long if its validation part has at least this many characters
 
 
 def fraction(text, i):
@@ -272,7 +272,7 @@ def split_of(text, val_share):
 def read_after(corpus, state, limit):
     """Yield (piece, position) after `state`, until there are `limit` documents.
 
-    position: {name: value} of the State that goes on after this piece
+    position: {name: value} of the State to resume from after this piece
     """
     corpus.bytes_read, corpus.counts = 0, collections.Counter(state.counts)
     documents, done = sum(state.documents.values()), state.pieces
@@ -326,7 +326,7 @@ def batches(pieces, state):
 def encode_batch(tokenizer, lengths, val_share, item):
     """Return (position, {split: ids (n,)}) of what batches() yields.
 
-    A document in both splits is tokenized whole, and its ids are cut where as many bytes follow as in the text.
+    A document in both splits is tokenized whole, and its ids are cut so that as many bytes follow as in the text.
     lengths: bytes per token (vocab_size,)
     """
     position, batch = item
@@ -398,7 +398,7 @@ def encode(folder, corpus, args, state):
         state.tokenizer = with_special_tokens(description, args.special_tokens)
     tokenizer = from_description(state.tokenizer)
     if tokenizer.eot is None and state.tokenizer["kind"] not in ("char", "symbols"):
-        print(f"no end of text in {args.tokenizer}: a newline ends each document")
+        print(f"{args.tokenizer} has no end-of-text token: a newline ends each document")
 
     # write the tokens
     files = TokenFiles(folder, tokenizer.vocab_size, args.shard_tokens, state.tokens)

@@ -5,7 +5,7 @@ Datasets: how token ids are stored on disk, and which of them make up a batch.
 
 A dataset is a folder of .bin files: token ids and nothing else, little-endian uint16, or uint32 for large vocabularies.
 All files of a split, train or val, form one stream. A training example is a window of it: block_size ids are the
-inputs, and the targets are the same window one token later. meta.json says what the ids mean:
+inputs, and the targets are the same window shifted by one token. meta.json says what the ids mean:
 
     {"vocab_size": 65, "dtype": "uint16", "tokenizer": {...}, "source": "...", "documents": {...},
      "files": {"train.bin": {"tokens": 1003854, "sha256": "..."}, ...}}
@@ -141,7 +141,7 @@ def read_header(path):
 
 
 def read_meta(folder):
-    """Return meta.json of a dataset folder, nanoGPT's meta.pkl in its terms, or {}. Raises ValueError if corrupt."""
+    """Return a dataset folder's meta.json, nanoGPT's meta.pkl in the same form, or {}. Raises ValueError if corrupt."""
     path = os.path.join(folder, "meta.json")
     if os.path.exists(path):
         meta = read_json(path)
@@ -159,7 +159,7 @@ def read_meta(folder):
         meta = {"vocab_size": old["vocab_size"]}
         if not is_valid(meta | {"dtype": "uint16"}):
             raise ValueError("vocab_size is not a positive integer")
-        # without a text for each id, the dataset trains all the same
+        # a dataset without a text for each id can still be trained on
         with contextlib.suppress(KeyError, IndexError, TypeError):
             symbols = [old["itos"][i] for i in range(old["vocab_size"])]
             text = "".join(symbols)
@@ -232,7 +232,7 @@ class FolderLock(contextlib.AbstractContextManager):
 class Tokens:
     """A stream of token ids over one or more files. parts: {path: (dtype, bytes before the ids, number of ids)}.
 
-    Packed conversations have a block_size, and a mask: the Tokens that are 1 for each id to learn.
+    Packed conversations have a block_size, and a mask: Tokens that are 1 for each id that counts in the loss.
     """
 
     block_size = mask = None
@@ -292,7 +292,7 @@ class Tokens:
 
 
 def load_batch(tokens, starts, block_size, vocab_size, device):
-    """Return inputs X and targets Y of the windows at starts, both (B, T) int64 on the device; Y is one token later.
+    """Return inputs X and targets Y of the windows at starts, both (B, T) int64 on the device; Y is X shifted by one.
 
     After the end of the stream, and where the mask is 0, targets are -1, which the loss ignores. Raises DataError if a
     file cannot be read or an id is not in the vocabulary.
@@ -318,7 +318,7 @@ def load_batch(tokens, starts, block_size, vocab_size, device):
 
 
 def train_windows(n_tokens, block_size, seed, first, count, packed=False):
-    """Return where windows first .. first + count - 1 of the endless training order begin, (count,).
+    """Return the starts (count,) of windows first .. first + count - 1 in the endless training order.
 
     Each epoch shifts the grid of windows at random, and visits each of them once in an order shuffled by the seed.
     Packed windows do not overlap, not even by one token, and are not shifted.
@@ -326,7 +326,7 @@ def train_windows(n_tokens, block_size, seed, first, count, packed=False):
     Example: n_tokens=14, block_size=3, seed=0, first=0, count=6 -> [5, 8, 2, 6, 3, 0]
     """
     stride = block_size + int(packed)
-    per_epoch = max(1, n_tokens // stride - int(not packed))  # one less than fit, which makes room for the shift
+    per_epoch = max(1, n_tokens // stride - int(not packed))  # one fewer than fits, to leave room for the shift
     room = 1 if packed else min(block_size, n_tokens - per_epoch * block_size)
     starts = []
     while count > 0:
@@ -363,7 +363,7 @@ def shuffle(i, n, keys):
 
 
 def eval_windows(n_tokens, block_size, count, packed=False):
-    """Return where `count` windows that are spread evenly over the stream begin; all windows if it has fewer.
+    """Return the starts of `count` windows spread evenly over the stream; all windows if it has fewer.
 
     Example: n_tokens=100, block_size=10, count=4 -> [0, 20, 40, 60]
     """

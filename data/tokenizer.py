@@ -158,7 +158,7 @@ class CharTokenizer(Tokenizer):
 
 
 class SymbolTokenizer(CharTokenizer):
-    """One id per symbol of any length, as in nanoGPT's meta.pkl. Encodes the longest symbol that fits next."""
+    """One id per symbol of any length, as in nanoGPT's meta.pkl. Encoding takes the longest matching symbol."""
 
     def __init__(self, symbols):
         self.characters, self.vocab_size = symbols, len(symbols)
@@ -252,7 +252,7 @@ class BytePairTokenizer(TiktokenTokenizer):
         tokenizer.train_from_iterator(texts, trainer)
         vocab = tokenizer.get_vocab()
         if len(vocab) + 1 < vocab_size:
-            print(f"bpe:{vocab_size}: learned {len(vocab) + 1:,} tokens, because the text has no more frequent pairs")
+            print(f"bpe:{vocab_size}: learned {len(vocab) + 1:,} tokens: the text has no other frequent pairs")
         return cls(sorted(vocab, key=vocab.get))
 
 
@@ -433,7 +433,7 @@ def tokens_before(tokenizer):
 
 @contextlib.contextmanager
 def as_value_error(problem):
-    """Raise ValueError for all that is raised: libraries raise many types, and panics of Rust are no Exception."""
+    """Turn every exception into ValueError: libraries raise many types, and Rust panics are not even Exceptions."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -523,7 +523,7 @@ def from_folder(folder):
     """Return the tokenizer of a transformers folder, or None. Its end of text is written to tokenizer_config.json."""
     from transformers import AutoTokenizer
 
-    # the library knows all places of the end of text, and older formats; code in the folder does not run
+    # the library finds the end-of-text token, and reads older formats; code in the folder does not run
     files, end = read_files(folder, HUB_FILES), None
     tokenizer = HubTokenizer(files) if "tokenizer.json" in files else None
     try:
@@ -618,7 +618,7 @@ def match_tokenizers(model, dataset, folder):
     plain = {name: value for name, value in dataset.items() if name != "extra"}
     if not same_tokens(model, dataset) and ("extra" in model or not same_tokens(model, plain)):
         raise ValueError(
-            f"{folder} was prepared with another tokenizer than the model's. Export the model's by sample.py "
+            f"{folder} was prepared with another tokenizer: export the model's with sample.py "
             "--export=x, then python data/text/prepare.py ... --tokenizer=x"
         )
     if is_chat(dataset):

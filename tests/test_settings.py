@@ -44,6 +44,7 @@ def settings(monkeypatch):
         (["--learning_rate", "-1e-3"], dict(learning_rate=-1e-3)),
         (["--compile=False"], dict(compile=False)),
         (["--compile", "false"], dict(compile=False)),
+        (["--compile", "0", "n_layer=3"], dict(compile=False, n_layer=3)),
         (["--compile"], dict(compile=True)),
         (["--compile", "n_layer=3"], dict(compile=True, n_layer=3)),
         (["--out_dir=a=b,c=d"], dict(out_dir="a=b,c=d")),

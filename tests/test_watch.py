@@ -140,12 +140,13 @@ def test_wandb_offline_run_is_continued_on_resume(start_process, tiny_run, tmp_p
     assert sum("loss" in row for row in by_step.values()) == 20
 
 
-def test_tensorboard_has_the_run(train, tiny_run):
+@pytest.mark.parametrize("stop", [9, 10])  # the resumed run does not repeat the evaluation of step 9, but that of 10
+def test_tensorboard_has_the_run(train, tiny_run, stop):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = [*tiny_run.flags, "--tensorboard_log", "--sample_interval=10"]
-    train(flags, "--max_iters=10")
-    train(flags, "--init_from=resume")
+    train(flags, f"--max_iters={stop}")
+    train(flags, "--init_from=resume", "--max_iters=20")
     events = EventAccumulator(str(tiny_run.out / "tensorboard"))
     events.Reload()
     for name in ("loss", "lr", "grad_norm", "tokens_per_second", "tokens", "val/loss", "val/bits_per_byte"):

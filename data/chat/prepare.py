@@ -8,9 +8,9 @@ Prepare conversations to finetune a model into an assistant: files, folders, quo
 
 Each row of a jsonl, csv or parquet file, or of a json file with one list, has the messages of OpenAI, [{"role": "user",
 "content": "Hi"}, {"role": "assistant", "content": "Hello!"}], the conversations of ShareGPT (from and value), or
-instruction, input and output, as Alpaca. Only the assistant's turns and the tokens that end them are learned.
+instruction, input and output, as in Alpaca. Only the assistant's turns and the tokens that end them are trained on.
 
---tokenizer is the model's: its folder or Hub name, gpt2, a dataset folder, or the others of data/text/prepare.py. Its
+--tokenizer is the model's: its folder or Hub name, gpt2, a dataset folder, or any that data/text/prepare.py takes. Its
 own chat template is used. Without one, <|im_start|> and <|im_end|> are added, and the template is
 
     <|im_start|>user

@@ -5,8 +5,8 @@ Prepare OpenWebText, an open reproduction of WebText, GPT-2's training data, in 
     python data/openwebtext/prepare.py --num_samples=20000 --val_share=0.01      a trial: reads one of 80 files
 
 Streams 80 parquet files of Skylion007/openwebtext from the Hugging Face Hub (24 GB, not kept): 8,013,769 documents, one
-in 2,000 for validation. Expect about 9.04 billion tokens, 18 GB. nanoGPT has 9,035,582,198 + 4,434,897, with other
-documents for validation.
+in 2,000 for validation. Expect about 9.04 billion tokens, 18 GB. nanoGPT's version has 9,035,582,198 + 4,434,897, with
+other documents for validation.
 """
 
 import os

@@ -5,8 +5,8 @@ Prepare the documentation that comes with Python as a character-level dataset. N
 
 Reads the language reference in pydoc_data/topics.py and the docstrings of the standard library, which is parsed and
 never imported: English prose about Python. Expect about 2.2 million characters, 96 distinct ones, with Python 3.11.
-Other versions differ a little, but each always gives the same. One document in ten is for validation, chosen by a hash
-of its name.
+Other versions differ a little, but each always gives the same dataset. One document in ten is for validation, chosen by
+a hash of its name.
 """
 
 import ast

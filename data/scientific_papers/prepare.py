@@ -4,7 +4,7 @@ Prepare abstracts of scientific papers from arXiv, in GPT-2 tokens.
     python data/scientific_papers/prepare.py --num_samples=20000
     python data/scientific_papers/prepare.py --source=arxiv --query="cat:cs.CL" --num_samples=2000
 
-Streams the abstracts (about 1 GB) of gfissore/arxiv-abstracts-2021 from the Hugging Face Hub: 1,999,486 until the end
+Streams the abstracts (about 1 GB) of gfissore/arxiv-abstracts-2021 from the Hugging Face Hub: 1,999,486 up to the end
 of 2021, about 0.4 billion tokens. --source=arxiv queries the arXiv API instead (https://info.arxiv.org/help/api), 1,000
 papers by default, and caches the responses in this folder, from which the next run resumes. Line breaks become spaces.
 One abstract in 100 is for validation.
