@@ -158,7 +158,9 @@ class ChatTemplate:
     def end_of_turn(self, text, messages, i, start):
         """Return where turn i, which begins at `start`, ends in a text."""
         content = messages[i]["content"].strip()
-        after = max(start, text.find(content, start) + len(content))
+        found = text.find(content, start)
+        # some templates change a reply: it ends at the first end of a turn then
+        after = start if text[start:found].strip() or found < 0 else found + len(content)
         end = text.find(self.end, after)
         return end + len(self.end) if end >= 0 else after
 
@@ -225,6 +227,8 @@ def encode(folder, corpus, args, state):
     files = TokenFiles(folder, tokenizer.vocab_size, 0, tokens)
     for split, conversations in pack(encode_all(corpus, args, template), window):
         ids, mask = (np.concatenate(parts) for parts in zip(*conversations, strict=True))
+        if ids.max() >= tokenizer.vocab_size:
+            raise ValueError(f"the tokenizer gives id {ids.max()}, beyond its vocabulary of {tokenizer.vocab_size}")
         counts[split] += len(conversations)
         counts["learned"] += int(mask.sum())
         counts["padding"] += window - len(ids)

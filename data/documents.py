@@ -103,6 +103,8 @@ class Files:
                 named = by_name(pattern, found, split) if os.path.isdir(pattern) else {split: found}
                 self.found += [(name, pattern, files) for name, files in named.items()]
         self.by_share = any(split is None for split, _, _ in self.found)
+        if args.num_samples and not self.by_share:
+            raise ValueError("--num_samples needs documents of one kind; use it without --val or files of both splits")
         self.identity = hashlib.sha256(json.dumps(self.found).encode()).hexdigest()
 
     @functools.cached_property
@@ -162,7 +164,7 @@ class Files:
             self.counts["bytes of rows"] += size
             try:
                 text = self.edit(self.text_of(row))
-            except ValueError as e:
+            except (ValueError, TypeError) as e:
                 self.first_bad = self.first_bad or f"{where} of {path}: {e}"
                 self.counts["bad rows"] += 1
                 self.counts["bytes of bad rows"] += size
@@ -204,15 +206,17 @@ class Files:
 
 
 def read_text(file):
-    file, rest = decode(file), ""
+    file, rest, ended = decode(file), "", False  # ended: whether the rest follows an <|endoftext|>
     while block := file.read(LONGEST):
         *documents, rest = (rest + block).split(END_OF_TEXT)
         yield from ((document, True) for document in documents)
+        ended = ended or bool(documents)
         # the rest may end with half an <|endoftext|>, which must not be cut
         if len(rest) > LONGEST + len(END_OF_TEXT):
             yield rest[:LONGEST], False
-            rest = rest[LONGEST:]
-    yield rest, True
+            rest, ended = rest[LONGEST:], False
+    if rest.strip() or not ended:  # a line break at the end of the file is no document
+        yield rest, True
 
 
 def read_jsonl(file, column):
@@ -410,6 +414,8 @@ def by_name(folder, found, split):
         return {split: found}
     counts = ", ".join(f"{len(paths)} {name}" for name, paths in files.items())
     print(for_terminal(f"{folder}: {counts} files by their names; only train and validation are read"))
+    if split:  # the folder is given for one of them
+        return {split: files["train" if split == "train" else "validation"] or found}
     return {"train": files["train"], "val": files["validation"]} if files["validation"] else {split: files["train"]}
 
 

@@ -43,7 +43,7 @@ OPTIONS = {  # name: (default, help)
     "tokenizer": ("gpt2", "char, bpe:8192, gpt2, x.json, x.model, dataset, model or Hub name [env: TOKENIZER]"),
     "special_tokens": (False, "recognize special tokens such as <|im_start|> in the documents; default: they are text"),
     "column": ("text", "column of jsonl, json, csv, tsv and parquet files that contains the text; a.b: nested"),
-    "format": ("", "txt, jsonl, json, csv, tsv or parquet, for files with other extensions"),
+    "format": ("", "txt, jsonl, json, csv, tsv or parquet, whatever the files' extensions"),
     "val_share": (0.1, "fraction for validation: of the documents, by a hash of their text; of each long one, its end"),
     "num_samples": (0, "documents to read; 0: all"),
     "max_bad": (0.01, "largest share of unreadable rows, which are left out, and bytes, which are replaced"),
@@ -370,7 +370,7 @@ def load_tokenizer(name, texts=None):
 
 def sample_texts(corpus, args, size):
     """Yield texts to make a tokenizer from: about `size` characters for training, or for infinity all documents."""
-    everything = size == math.inf
+    everything, wanted = size == math.inf, size
     share = 1 if args.num_samples else size / max(1, corpus.size())
     for piece, split, _ in read(corpus, args, State({}), f"reading for {args.tokenizer}"):
         text = piece.text
@@ -381,6 +381,8 @@ def sample_texts(corpus, args, size):
             yield from (text[i : i + WORD] for i in range(0, len(text), WORD))
         if size < 0:  # compressed files have more characters than bytes
             break
+    if size == wanted and not everything:  # no document is for training, but check_splits() will split their tokens
+        yield from sample_texts(corpus, args, math.inf)
 
 
 def encode(folder, corpus, args, state):
@@ -410,7 +412,7 @@ def encode(folder, corpus, args, state):
 
     left_out = {name: corpus.counts[name] for name in BAD if corpus.counts[name]}
     for name, n in left_out.items():
-        hint = f" (first: {corpus.first_bad})" if name == "bad rows" else ""
+        hint = f" (first: {corpus.first_bad})" if name == "bad rows" and corpus.first_bad else ""
         print(for_terminal(f"{BAD[name]}: {n:,} {name}{hint}"))
     return describe(files, tokenizer, state.documents, left_out)
 

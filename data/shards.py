@@ -163,7 +163,7 @@ def read_meta(folder):
         with contextlib.suppress(KeyError, IndexError, TypeError):
             symbols = [old["itos"][i] for i in range(old["vocab_size"])]
             text = "".join(symbols)
-            is_char = len(text) == len(set(symbols)) == len(symbols)
+            is_char = all(len(s) == 1 for s in symbols) and len(set(symbols)) == len(symbols)
             kind, key, value = ("char", "characters", text) if is_char else ("symbols", "symbols", symbols)
             meta["tokenizer"] = {"kind": kind, key: value}
         return meta
@@ -180,6 +180,7 @@ def is_valid(meta):
         integers = [meta["vocab_size"], *(file["tokens"] for file in meta.get("files", {}).values())]
         integers += [meta.get("block_size", 1)]
         known_types = meta["dtype"] in ("uint16", "uint32") and isinstance(meta.get("tokenizer"), dict | None)
+        known_types &= all(isinstance(meta.get(name, {}), dict) for name in ("documents", "recipe"))
         return known_types and all(type(n) is int for n in integers) and 0 < meta["vocab_size"] <= 2**32
     except (KeyError, TypeError, AttributeError):
         return False
@@ -197,7 +198,7 @@ def read_json(path):
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

@@ -417,8 +417,8 @@ def with_chat_template(tokenizer):
 def is_chat(description):
     """Tell whether a tokenizer has a chat template. Example: {"kind": "char", "characters": "ab"} -> False"""
     files = (description or {}).get("files", {})
-    in_files = "chat_template.jinja" in files or '"chat_template"' in files.get("tokenizer_config.json", "")
-    return in_files or "extra" in (description or {})
+    in_config = json.loads(files.get("tokenizer_config.json") or "{}").get("chat_template")
+    return bool("chat_template.jinja" in files or in_config or "extra" in (description or {}))
 
 
 def tokens_before(tokenizer):

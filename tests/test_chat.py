@@ -135,6 +135,15 @@ def test_ids_and_masks_are_those_of_transformers(bpe, marked):
 
 
 @pytest.mark.skipif(not os.path.isdir(SMOL), reason="needs SmolLM2-135M-Instruct: set SMOLLM2_INSTRUCT to its folder")
+def test_rewritten_reply_ends_with_its_turn(bpe):
+    template = ChatTemplate(bpe)
+    template.library.chat_template = template.library.chat_template.replace(
+        "message['content']", "message['content'].split('</think>')[-1]"
+    )
+    ids, mask = template.encode_conversation(chat("one", "two " * 99 + "</think>three", "four", "two"))
+    assert template.library.decode(ids[mask]) == "three<|im_end|>two<|im_end|>"
+
+
 def test_smollm_ids_are_those_of_transformers():
     from transformers import AutoTokenizer
 

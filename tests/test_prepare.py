@@ -584,6 +584,24 @@ def check_resumed(folder, path, change=lambda folder: None, **settings):
     assert contents(folder / "x") == contents(folder / "whole")
 
 
+def test_single_short_document_is_split(tmp_path):
+    for i in range(30):  # for one in ten of them the hash says val
+        text = f"{i} " * 50
+        (tmp_path / "a.txt").write_text(text + "<|endoftext|>\n")
+        data = make(tmp_path / str(i), tmp_path / "a.txt")
+        assert "".join(streams(data)) == text + "<|endoftext|>"
+        assert data.vocab_size > 257  # bytes and end of text, so it has merges
+
+
+def test_folder_for_one_split(tmp_path):
+    for name in ("train-0", "validation-0", "test-0"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    for split, name in (("train", "train-0"), ("val", "validation-0")):
+        assert [(piece.text, piece.split) for piece in pieces_of(Files({split: [str(tmp_path)]}, options()))] == [
+            (name, split)
+        ]
+
+
 @pytest.mark.parametrize("num_samples", [0, 45])
 def test_tokens_after_the_last_save_are_cut_off(tmp_path, small_batches, num_samples):
     def append(folder):
@@ -1124,6 +1142,9 @@ def test_pretokenized_fineweb(prepare, monkeypatch):
     assert (len(data.split("train")), len(data.split("val")), data.vocab_size) == (1000, 500, 50257)
     assert "is complete" in prepare("fineweb", "--pretokenized", "--files=2").out
     assert "prepared with --files=2; use --force" in error_of(prepare("fineweb", "--pretokenized", "--files=3"))
+    os.truncate(failed.folder / "fineweb_train_000001.bin", 1500)
+    assert prepare("fineweb", "--pretokenized", "--files=2").code == 0
+    assert len(Dataset(str(failed.folder)).split("train")) == 1000
     fetched.clear()
     assert prepare("fineweb", "--pretokenized", "--files=3", "--force").code == 0
     assert fetched == ["fineweb_train_000003.bin"]
@@ -1152,6 +1173,7 @@ def test_abstracts_from_the_arxiv_api(prepare, monkeypatch):
     assert all_decoded(Dataset(str(result.folder))) == sorted(" ".join(text.split()) for text in DOCUMENTS[:210])
     assert [query["start"] for query in queries] == ["0", "200", "200"]
     assert queries[0]["search_query"] == "cat%3Acs.CL"
+    assert "is complete" in prepare("scientific_papers", *flags, "--num_samples=210").out
 
     # half a line is downloaded again, and there may be fewer papers than wanted
     path = result.folder / "arxiv-cat%3Acs.CL.jsonl"

@@ -24,7 +24,7 @@ here = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(here, "..", ".."))
 from data.documents import Files  # noqa: E402
 from data.preparation import CORPUS, prepare_script, sha256_of, write, write_dataset  # noqa: E402
-from data.shards import read_header  # noqa: E402
+from data.shards import HEADER_BYTES, read_header  # noqa: E402
 from data.tokenizer import GPT2  # noqa: E402
 
 HUB = "hf://datasets/HuggingFaceFW/fineweb/sample/10BT/*.parquet"
@@ -49,7 +49,7 @@ def fetch(name):
     path = os.path.join(here, name)
     if not os.path.exists(path):
         path += ".tmp"
-    if not os.path.exists(path):
+    if not is_whole(path):
         try:
             hf_hub_download(READY, name, repo_type="dataset", local_dir=DOWNLOADS)
         except Exception as e:  # the network raises many types
@@ -58,10 +58,17 @@ def fetch(name):
     return {"tokens": read_header(path)[2], "sha256": sha256_of(path)}
 
 
+def is_whole(path):
+    """Tell whether a token file exists and has the size that its header says."""
+    return os.path.exists(path) and os.path.getsize(path) == HEADER_BYTES + 2 * read_header(path)[2]
+
+
 if __name__ == "__main__":
     with prepare_script(__doc__, "input", *CORPUS, val_share=0.0005, pretokenized=False, files=103) as args:
         if not 1 <= args.files <= 103:
             raise ValueError(f"--files={args.files} is not between 1 and 103")
+        if args.files != 103 and not args.pretokenized:
+            raise ValueError("--files needs --pretokenized; use --num_samples for a part of the text")
         if not args.pretokenized:
             write_dataset(here, Files({None: [args.input or HUB]}, args), args)
         elif args.input or args.num_samples or args.shard_tokens or args.tokenizer != "gpt2":

@@ -10,6 +10,7 @@ papers by default, and caches the responses in this folder, from which the next 
 One abstract in 100 is for validation.
 """
 
+import http.client
 import json
 import os
 import sys
@@ -40,7 +41,7 @@ def ask(query, start, count):
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
                 feed = ElementTree.parse(response).getroot()
-        except (OSError, ElementTree.ParseError) as e:
+        except (OSError, http.client.HTTPException, ElementTree.ParseError) as e:
             failure = e
             continue
         total = int(feed.findtext(SEARCH + "totalResults", "0"))
@@ -62,7 +63,9 @@ def fetch(query, count):
         # keep the whole lines of an interrupted call
         f.seek(0)
         lines = [line for line in f if line.endswith(b"\n")]
-        f.truncate(sum(map(len, lines)))
+        size = sum(map(len, lines))
+        if size < f.tell():  # else the same file would get another time stamp, and count as other input
+            f.truncate(size)
 
         n, total = len(lines), count
         bar.update(n)

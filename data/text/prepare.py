@@ -18,8 +18,8 @@ most purposes); a tokenizer.json; a SentencePiece .model; a dataset folder such 
 on the Hugging Face Hub. char and bpe:N read the text twice.
 
 --val_share=0.1 uses one in ten documents for validation, chosen by a hash of the text, and the last tenth of each
-document of 41,000 characters or more (4,096 / val_share). A single short document is split in the same way. --val=FILE
-uses a file of your own for validation.
+document of 41,000 characters or more (4,096 / val_share). If that leaves a split empty, the last tenth of all tokens is
+for validation. --val=FILE uses a file of your own.
 """
 
 import os
@@ -32,8 +32,6 @@ from data.preparation import CORPUS, prepare_script, write_dataset  # noqa: E402
 
 if __name__ == "__main__":
     with prepare_script(__doc__, "inputs", "val", "name", "format", *CORPUS) as args:
-        if args.val and args.num_samples:
-            raise ValueError("--num_samples needs documents of one kind; use it without --val")
         folder = os.path.join(os.path.dirname(here), args.name)
         splits = {"train": args.inputs, "val": [args.val]} if args.val else {None: args.inputs}
         write_dataset(folder, Files(splits, args), args)
