@@ -69,7 +69,7 @@ real_data = True  # train on the dataset, and time its loading; False: on random
 dataset = "openwebtext"  # folder in data/
 init_from = ""  # a checkpoint, its folder, or a Hub name: measure this model
 compare = ""  # config files, or gpt2-medium, -large, -xl, comma-separated: also measure the model with these changes
-classic = ""  # folder with nanoGPT's model.py: also measure nanoGPT
+classic = ""  # folder with nanoGPT's model.py: also measure nanoGPT, always with GPT-2's architecture
 transformers = False  # also measure generation by transformers
 int8 = False  # also measure generation with int8 weights, and the perplexity before and after
 # how long
@@ -167,7 +167,7 @@ def build_model():
     torch.manual_seed(seed)
     if init_from:
         checkpoint, _ = gpt.open_checkpoint(init_from)
-        model = gpt.load_model(init_from, checkpoint)
+        model = gpt.load_model(init_from, checkpoint, dropout=dropout)
         gpt.merge_lora(model)
     else:
         model = GPT(GPTConfig(**{name: globals()[name] for name in SHAPE}, vocab_size=vocab_size))
@@ -420,7 +420,7 @@ def time_decoding(kind, names, bandwidth):
             B = 1 if name == "classic" else batch
             speed = time_generation(kind, name, B)
             # a step reads all weights, and the part of the cache that is filled, half of it on average
-            cache_bytes = specs[name]["cache_bytes_per_token"] * decode_tokens / 2
+            cache_bytes = specs[name]["cache_bytes_per_token"] * min(decode_tokens / 2, block_size)
             bound = B * bandwidth / (weight_bytes[name] + B * cache_bytes)
             row = {"tokens_per_second": speed, "bound": bound, "share_of_bound": speed / bound}
             report(f"{kind} {batch}", name, row)

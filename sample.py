@@ -247,6 +247,8 @@ def export_model(folder):
 def compare_with_base(x):
     """Print loss and samples that continue x (1, T), of the base and of the adapter, in two columns."""
     # up to 256 windows spread over the validation split
+    if not dataset:
+        fail("--compare needs --dataset=, a folder in data/")
     with usage_errors():
         data = Dataset(os.path.join("data", dataset))
         tokens = data.split("val")
@@ -254,6 +256,8 @@ def compare_with_base(x):
         tokens.check(T, vocab_size)
         if data.tokenizer and not same_tokens(data.tokenizer, tokenizer.description):
             fail(f"{data.folder} was prepared with another tokenizer, not the model's")
+        if T > block_size:
+            fail(f"{data.folder} was prepared for --block_size={T}, but the model's is {block_size}")
     starts = eval_windows(len(tokens), T, 256, data.block_size is not None).reshape(-1, 1)
     batches = [load_batch(tokens, start, T, vocab_size, device) for start in starts]
 
