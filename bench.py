@@ -13,7 +13,7 @@ Measure how fast a GPT trains and generates on this machine, compared with the l
 
 The peak, for the model FLOPs utilization (MFU), is from a GPU's data sheet, or measured on a CPU in the same run.
 Generation is bounded by the measured memory bandwidth: a step reads every weight and the KV cache once. Interleaved
-models train on the same batches; the loss is the mean over the last tenth of the steps.
+models train on the same batches of the dataset; the loss is the mean over the last tenth of the steps.
 """
 
 import configurator  # isort: skip  # first: it prepares the import of torch

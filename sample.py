@@ -123,10 +123,10 @@ with usage_errors():
     elif start.startswith("FILE:"):
         with open(start.removeprefix("FILE:"), encoding="utf-8-sig") as f:
             start = f.read()
-# the model's end tokens: an imported model has its own, others end a document with the tokenizer's end of text
+# the tokens that end a sample: an imported model has its own, others end a document with the tokenizer's end of text
 end_ids = (model.hub or {}).get("generation_config", {}).get("eos_token_id", tokenizer.eot)
 end_ids = [i for i in (end_ids if isinstance(end_ids, list) else [end_ids]) if i in range(vocab_size)]
-# the token that ends a turn of a conversation, too
+# in a chat, the end of a turn, too; turn_ends: those that are not among the others
 template, turn_ends = None, []
 if chat or (export and is_chat(tokenizer.description)):
     with usage_errors():

@@ -122,9 +122,9 @@ class State:
     recipe: dict  # options and input: the same recipe gives the same files
     listing: str = ""  # hash of the list of input files, which can change on the Hub
     tokenizer: dict | None = None  # its description
-    part: int = 0  # resume in this part of the corpus,
-    pieces: int = 0  # after this many of its pieces,
-    counts: dict = dataclasses.field(default_factory=dict)  # with these counts at the beginning of the part
+    part: int = 0  # part of the corpus to resume in
+    pieces: int = 0  # pieces of this part that are done
+    counts: dict = dataclasses.field(default_factory=dict)  # corpus.counts when this part began
     documents: dict = dataclasses.field(default_factory=lambda: {"train": 0, "val": 0})  # number written
     tokens: dict = dataclasses.field(default_factory=lambda: {"train": 0, "val": 0})  # number written
     begins: bool = True  # a document begins with the next piece
@@ -308,11 +308,14 @@ def border_of(text, val_share):
 
 
 def batches(pieces, state):
-    """Group what read() yields into (position, [(piece, split, whether a document begins, splits where it ends)])."""
+    """Group what read() yields into (position, [(piece, split, begins, ends)]).
+
+    begins: whether the piece is the first of a document; ends: the splits that get an end of text after it
+    """
     batch, size, begins, documents = [], 0, state.begins, collections.Counter(state.documents)
     for (piece, split, position), following in itertools.pairwise(itertools.chain(pieces, [None])):
         ends = [split] if piece.ends else []
-        if split == "both":  # the part for training is not the end, but separates it from what follows
+        if split == "both":  # in train the end of text separates it from another document, if there is one
             ends = ["train", "val"] if following else ["val"]
         batch.append((piece, split, begins, ends))
         begins = bool(ends)
@@ -326,7 +329,8 @@ def batches(pieces, state):
 def encode_batch(tokenizer, lengths, val_share, item):
     """Return (position, {split: ids (n,)}) of what batches() yields.
 
-    A document in both splits is tokenized whole, and its ids are cut so that as many bytes follow as in the text.
+    A document in both splits is tokenized once. Its last ids are for validation: as many as the bytes of that part of
+    the text have room for.
     lengths: bytes per token (vocab_size,)
     """
     position, batch = item

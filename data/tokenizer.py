@@ -36,7 +36,7 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-BPE_SAMPLE = 1 << 28  # bytes of text that a vocabulary is learned from; more would change it little
+BPE_SAMPLE = 1 << 28  # characters of text that a vocabulary is learned from; more would change it little
 
 # GPT-2's words, whose borders no token crosses (https://github.com/openai/gpt-2, src/encoder.py; ++ is only faster)
 WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
@@ -92,8 +92,8 @@ class Tokenizer:
         """Return how many bytes of text the targets stand for.
 
         inputs, targets: arrays of ids of one shape; each target is the token after its input, -1 is none.
-        A text has as many bytes with every tokenizer that does not change it: the space that some add before a
-        document, so after `eot` or `bos`, does not count.
+        They are the bytes of the original text, so that tokenizers can be compared: the space that some add before a
+        document, that is, after `eot` or `bos`, does not count.
         """
         # the last entry is for targets without a token: -1, and ids that only round up the vocabulary
         lengths = np.append(self.byte_lengths, 0)[np.minimum(targets, self.vocab_size)]
@@ -381,6 +381,7 @@ class ExtendedTokenizer(Tokenizer):
         self.encode, self.prompt, self.encode_documents = base.encode, base.prompt, base.encode_documents
 
     def decode(self, ids):
+        # runs of extra ids and of others in turn: only the base can decode its own
         is_extra = range(self.base.vocab_size, self.vocab_size).__contains__
         runs = [(extra, list(run)) for extra, run in itertools.groupby(map(int, ids), is_extra)]
         return "".join(b"".join(map(self.token_bytes, run)).decode() if x else self.base.decode(run) for x, run in runs)
@@ -610,8 +611,8 @@ def same_tokens(a, b):
 def match_tokenizers(model, dataset, folder):
     """Return the description of the tokenizer to train with, from those of a model and of a dataset, or None.
 
-    It is the model's, and recognizes special tokens as the dataset's does; or the dataset's, if that adds a chat
-    template. ValueError if the same id stands for different bytes.
+    It is the dataset's if that adds a chat template, else the model's, which then recognizes special tokens as the
+    dataset's does. ValueError if the same id stands for different bytes.
     """
     if not (model and dataset):
         return model or dataset

@@ -6,7 +6,7 @@ Prepare SmolTalk, the million conversations that SmolLM2-Instruct was finetuned 
     python data/smoltalk/prepare.py --input='smoltalk/*.parquet' --tokenizer=gpt2
     python train.py config/finetune_chat.py --init_from=gpt2
 
-The whole dataset takes an hour. See data/chat/prepare.py for conversations of your own.
+The whole dataset takes an hour; an interrupted call starts again. See data/chat/prepare.py for your own conversations.
 """
 
 import os
