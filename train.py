@@ -333,9 +333,9 @@ if use_ddp:
     # DDP groups the gradients anew after the first backward pass, which changes the order of sums over three or more
     # ranks: let it do so now, so that the first step of a resumed run sums like the same step of an uninterrupted one
     if not eval_only:
-        X = torch.zeros((batch_size, block_size), dtype=torch.int64, device=device)
+        X, Y = torch.zeros((2, batch_size, block_size), dtype=torch.int64, device=device)
         with autocast:
-            _, loss = model(X, X, return_logits=False)
+            _, loss = model(X, Y, return_logits=False)
         loss.backward()
         optimizer.zero_grad(set_to_none=False)
 
