@@ -154,6 +154,8 @@ class Files:
         """Yield (text, whether a document ends with it) of an open file; "" for bad rows, which it counts."""
         reader = READERS.get(self.format or extension(path), read_text)
         file = raw if reader is read_parquet else decompress(raw, path)
+        if reader in (read_json, read_jsonl) and file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError("it is UTF-16, but JSON must be UTF-8; convert it: iconv -f utf-16 -t utf-8")
         if reader is read_text:
             if self.column is None:
                 raise ValueError("conversations are in jsonl, json, parquet or csv files; use --format=jsonl")

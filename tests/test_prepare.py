@@ -439,6 +439,7 @@ def test_folder_of_a_hub_dataset_keeps_its_splits(tmp_path, capsys):
         ("a.json", b'[\n{"text": "x"},\n', "cannot read .*a.json: Expecting value"),
         ("a.json", b'{"data": [{"text": "x"}]}', r"line 1 of .* no text in column text \(columns: data\)"),
         ("a.csv", b"id,text\n1,hello, world\n", "line 2 of .*one field per column"),
+        ("a.jsonl", '{"text": "x"}\n'.encode("utf-16"), "a.jsonl: it is UTF-16, .* convert it"),
         ("a.txt", TEXT.encode("utf-16-le"), r"a.txt: not a text file \(begins with b'C"),
         ("a.txt", TEXT.encode() * 99 + bytes(200), "200 NUL bytes in .* UTF-16 needs a byte-order mark"),
         ("a.pdf", b"%PDF-1.4\n" + TEXT.encode(), "a.pdf: not a text file"),
