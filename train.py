@@ -330,8 +330,8 @@ if gradient_checkpointing:
 if use_ddp:
     device_ids = [torch.device(device).index] if device_type == "cuda" else None
     model = DDP(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    # DDP groups the gradients anew after the first backward pass, which changes the order of sums over three or more
-    # ranks: let it do so now, so that the first step of a resumed run sums like the same step of an uninterrupted one
+    # DDP rebuilds its gradient buckets after the first backward pass, and the order of sums over three or more ranks
+    # depends on them: do it now, so that the first step of a resumed run has the buckets of an uninterrupted one
     if not eval_only:
         X, Y = torch.zeros((2, batch_size, block_size), dtype=torch.int64, device=device)
         with autocast:
