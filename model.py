@@ -126,7 +126,7 @@ def attention(q, k, v, mask=None, dropout=0.0):
         return train_attention_on_cpu(q, k, v, dropout)
     if q.size(2) == 1 and not q.requires_grad:
         return attend_one_token(q, k, v, mask)
-    # grouped queries: only flash attention has them, for sure on the GPUs that compute in bfloat16; others need copies
+    # only flash attention shares keys and values between heads; GPUs that compute in bfloat16 have it, others copy
     if q.is_cuda and q.size(1) > k.size(1) and q.dtype != torch.bfloat16:
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     causal = mask is None and q.size(2) > 1

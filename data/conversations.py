@@ -39,7 +39,10 @@ def to_messages(row):
         raise ValueError("not a JSON object")
     turns = row.get("messages") or row.get("conversations") or row.get("conversation")
     if turns is None and "instruction" in row and "output" in row:
-        prompt = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
+        parts = [to_text(part or "") for part in (row["instruction"], row.get("input"))]
+        if None in parts:
+            raise ValueError("instruction or input is not text")
+        prompt = "\n\n".join(filter(None, parts))
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": row["output"]}]
         if row.get("system"):
             turns = [{"role": "system", "content": row["system"]}, *turns]

@@ -166,7 +166,7 @@ class Files:
             self.counts["bytes of rows"] += size
             try:
                 text = self.edit(self.text_of(row))
-            except (ValueError, TypeError) as e:
+            except ValueError as e:
                 self.first_bad = self.first_bad or f"{where} of {path}: {e}"
                 self.counts["bad rows"] += 1
                 self.counts["bytes of bad rows"] += size

@@ -114,6 +114,8 @@ def test_rows_that_are_no_conversations_are_refused():
         {"messages": [{"content": "a"}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]},
         {"messages": [{"role": "assistant", "content": "a", "tool_calls": [{}]}]},
+        {"instruction": 1, "output": "a"},
+        {"instruction": "a", "input": [1], "output": "a"},
     ):
         with pytest.raises(ValueError):
             to_messages(row)

@@ -259,6 +259,13 @@ def test_meta_pkl_without_texts_still_has_a_vocabulary(tmp_path, itos):
     assert read_meta(str(tmp_path)) == {"vocab_size": 2}
 
 
+@pytest.mark.parametrize("text", ['{"vocab_size": 5, "dtype": "uint16", "documents": null}', "[" * 100_000])
+def test_meta_json_that_is_corrupt_is_refused(tmp_path, text):
+    (tmp_path / "meta.json").write_text(text)
+    with pytest.raises(ValueError, match="meta.json is corrupt: delete it"):
+        read_meta(tmp_path)
+
+
 def test_meta_pkl_that_is_corrupt_or_hostile_is_refused(tmp_path):
     class Hostile:
         def __reduce__(self):
