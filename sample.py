@@ -68,8 +68,8 @@ if top_p > 1:
     fail(f"--top_p must be at most 1, got {top_p}")
 if merge and not export:
     fail("--merge needs --export=folder")
-if serve and compile:
-    fail("--serve cannot be combined with --compile, which supports one request at a time")
+if compile and (serve or compare):
+    fail("--serve and --compare cannot be combined with --compile, which is for one model and one request at a time")
 if serve:
     with usage_errors("--serve needs pip install gradio; or use --interactive"):
         import gradio as gr

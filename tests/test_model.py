@@ -123,6 +123,29 @@ def test_compiled_decoding_has_static_shapes_and_equals_eager(settings, monkeypa
     assert positions[:12] == list(range(4, 16)) and len(positions) > 30
 
 
+@torch.no_grad()
+def test_compiled_models_keep_apart_and_follow_shapes(monkeypatch):
+    idx, compile, traced = torch.randint(61, (3, 4)), torch.compile, []
+
+    def backend(graph, inputs):
+        traced.append(graph)
+        return graph.forward
+
+    def compile_without_kernels(step, options, **kwargs):
+        guards = {"guard_filter_fn": options["guard_filter_fn"]}
+        return compile(step, backend=backend, options=guards, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compile_without_kernels)
+    models = [small(seed=0), small(seed=1)]
+    # the second model is not run by the first one's code, nor a batch by another one's; nothing is compiled twice
+    contexts = [idx[:1], idx, idx[:, :2], idx[:1]]
+    expected = [model.generate(x, 8, top_k=1).tolist() for x in contexts for model in models]
+    for model in models:
+        compile_generation(model)
+    assert [model.generate(x, 8, top_k=1).tolist() for x in contexts for model in models] == expected
+    assert expected[0] != expected[1] and len(traced) == 4
+
+
 @pytest.mark.parametrize("settings", ARCHITECTURES)
 @torch.no_grad()
 def test_int8_weights_give_close_logits(settings):

@@ -121,7 +121,7 @@ def test_corrupt_best_checkpoint_is_reported_and_skipped(sample, trained):
         (["--tempreature=1"], "did you mean temperature?"),
         (["--merge"], "--merge needs --export=folder"),
         (["--compare"], "need a LoRA adapter, but this is a whole model"),
-        (["--serve", "--compile"], "--serve cannot be combined with --compile"),
+        (["--serve", "--compile"], "--serve and --compare cannot be combined with --compile"),
         (["--export={trained}"], "contains another model or adapter: export to another folder"),
     ],
 )
