@@ -20,6 +20,7 @@ import time
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass, replace
+from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -65,7 +66,6 @@ class GPTConfig:
 
 # -----------------------------------------------------------------------------
 # 2. norms, activations, rotary embeddings
-
 
 NORMS = {  # as nn.LayerNorm and nn.RMSNorm (https://arxiv.org/abs/1910.07467), see section 11
     "layernorm": lambda size, config: LayerNorm(size, eps=config.norm_eps, bias=config.bias),
@@ -213,7 +213,7 @@ class GPT(nn.Module):
             )
         )
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
-        # initial values; functions that load weights replace them, and call tie_weights() again
+        # initial values; functions that load weights replace them
         self.tie_weights()
         self.init_weights()
 
@@ -682,10 +682,9 @@ def from_checkpoint(checkpoint, **override):
 
 def empty_model(config):
     """Build a model without the slow initialization of its weights."""
-    with torch.device("meta"):
-        model = GPT(config).to_empty(device="cpu")
-    model.tie_weights()
-    return model
+    # no meta device: its first random tensor imports the compiler, which takes a second
+    with mock.patch.multiple(torch.Tensor, normal_=mock.DEFAULT, uniform_=mock.DEFAULT):
+        return GPT(config)
 
 
 def load_weights(model, weights):

@@ -523,13 +523,13 @@ def sample_text():
     generator = torch.Generator(device).manual_seed(seed)
     # a compiled model would be compiled again for every length
     eager = torch.compiler.set_stance("force_eager") if compile else contextlib.nullcontext()
-    # sampling needs cumsum, which has no deterministic kernel on GPUs; cuDNN's attention builds a plan for each number
-    # of keys, which takes longer than a token
-    torch.use_deterministic_algorithms(False)
+    # sampling needs cumsum, which has no deterministic kernel on GPUs (use_deterministic_algorithms() would import the
+    # compiler, 1 s); cuDNN's attention builds a plan for each number of keys, which takes longer than a token
+    torch.set_deterministic_debug_mode("default")
     without_cudnn = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
     with eager, autocast, without_cudnn:
         ids = raw_model.generate(prompt, 100, temperature=0.8, top_k=200, generator=generator)
-    torch.use_deterministic_algorithms(deterministic)
+    torch.set_deterministic_debug_mode("error" if deterministic else "default")
     raw_model.train()
     return tokenizer.decode(ids[0].tolist())
 

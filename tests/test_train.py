@@ -1014,3 +1014,12 @@ def test_terminal_gets_one_progress_line_and_a_file_plain_lines(train, tiny_run,
     assert shown.count(b"\riter ") == 4 and b"eta" in shown
     plain = train(tiny_run.flags, "--max_iters=4").out
     assert plain.count("\niter ") == 4 and "\r" not in plain
+
+
+def test_starting_imports_no_compiler(tiny_run, start_process):
+    flags = [*tiny_run.flags, "--max_iters=2", "--sample_interval=2", "--muon=True"]
+    for command in (["train.py", *flags], ["sample.py", f"--out_dir={tiny_run.out}", "--device=cpu"]):
+        process = start_process("-X", "importtime", *command)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-2000:]
+        assert "torch.nn" in err and "torch._dynamo" not in err and "sympy" not in err
