@@ -1628,7 +1628,7 @@ def compile_generation(model):
         # autotuning finds the weights in the cache, where generated kernels win; but without AMX those for bfloat16
         # read memory at half the speed of oneDNN's
         has_amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
-        backends = "CPP,ATEN" if has_amx or embeddings.dtype != torch.bfloat16 else "ATEN"
+        backends = "CPP,ATEN" if has_amx or model.lm_head.weight.dtype != torch.bfloat16 else "ATEN"
         options = {"max_autotune": True, "max_autotune_gemm_backends": backends, "guard_filter_fn": needed_guards}
         compiled = torch.compile(step, dynamic=False, options=options)
 
