@@ -4,7 +4,7 @@
 #   python train.py config/shakespeare_char_fast.py
 # A short run reaches validation loss 1.85 instead of 1.47, with 1/32 of the FLOPs:
 #   ... --n_layer=2 --block_size=64 --max_iters=160 --learning_rate=8e-3 --muon_momentum=0.85 --lr_schedule=wsd
-#       --wsd_decay_frac=0.4
+#       --wsd_decay_frac=0.4 --eval_interval=1000 --eval_iters=8
 #   python sample.py --out_dir=out-shakespeare-char-fast
 
 out_dir = "out-shakespeare-char-fast"
