@@ -1616,7 +1616,7 @@ def compile_generation(model):
     embeddings = model.transformer.wte.weight
 
     def needed_guards(guards):
-        # is it this model? Checking that none of its modules has changed would take 1 ms per token
+        # the embeddings identify the model; checking that none of its modules has changed takes 1 ms per token
         return ["model" not in guard.name or guard.value is embeddings for guard in guards]
 
     # once per shape of the caches; beyond the limit, which is 8 by default, step() would not be compiled
@@ -1625,8 +1625,8 @@ def compile_generation(model):
     if embeddings.is_cpu:
         from torch._inductor import config  # torch.compile has no option for freezing
 
-        # autotuning finds the weights in the cache, where generated kernels win; but without AMX those for bfloat16
-        # read memory at half the speed of oneDNN's
+        # autotuning measures matrices in the cache, where generated kernels win; without AMX, generated bfloat16
+        # kernels read memory at half the speed of oneDNN's
         has_amx = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
         backends = "CPP,ATEN" if has_amx or model.lm_head.weight.dtype != torch.bfloat16 else "ATEN"
         options = {"max_autotune": True, "max_autotune_gemm_backends": backends, "guard_filter_fn": needed_guards}

@@ -122,6 +122,7 @@ def test_corrupt_best_checkpoint_is_reported_and_skipped(sample, trained):
         (["--merge"], "--merge needs --export=folder"),
         (["--compare"], "need a LoRA adapter, but this is a whole model"),
         (["--serve", "--compile"], "--serve and --compare cannot be combined with --compile"),
+        (["--compare", "--compile"], "--serve and --compare cannot be combined with --compile"),
         (["--export={trained}"], "contains another model or adapter: export to another folder"),
     ],
 )
